@@ -1,0 +1,73 @@
+"""The blocks of the device pool: who holds each, and which may be taken.
+
+A block is *held* (reference count above zero), *reclaimable* (held by nobody, but its KV can still be found) or
+*blank*. Reclaimable blocks count as free: taking one is a metadata operation, oldest release first (FlashGen §3.2,
+with least-recently-used instead of first-in-first-out order).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from jserve.cache.prefix_index import PrefixIndex
+
+
+class BlockPool:
+    """Reference counts over `num_blocks` blocks; owns none of their contents."""
+
+    def __init__(self, num_blocks: int, index: PrefixIndex) -> None:
+        self.num_blocks = num_blocks
+        self._index = index
+        self._refs = [0] * num_blocks
+        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._reclaimable: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can hand out."""
+        return len(self._blank) + len(self._reclaimable)
+
+    @property
+    def num_reclaimable(self) -> int:
+        return len(self._reclaimable)
+
+    def ref_count(self, block: int) -> int:
+        return self._refs[block]
+
+    def is_reclaimable(self, block: int) -> bool:
+        return block in self._reclaimable
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Exactly `count` blocks, held once each and forgotten by the index; or None, and nothing has changed."""
+        if count > self.num_free:
+            return None
+        blocks = []
+        for _ in range(count):
+            if self._blank:
+                block = self._blank.pop()
+            else:
+                block, _ = self._reclaimable.popitem(last=False)
+                self._index.forget(block)
+            self._refs[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """One more reference on each of these blocks, which the index has just found."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                del self._reclaimable[block]
+            self._refs[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """One reference less on each; those that nobody holds any more become reclaimable, in this order."""
+        for block in blocks:
+            if self._refs[block] <= 0:
+                raise ValueError(f"block {block} is released, but nobody holds it")
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                if self._index.has_block(block):
+                    self._reclaimable[block] = None
+                else:
+                    self._blank.append(block)

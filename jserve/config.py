@@ -1,0 +1,144 @@
+"""Every setting of jserve, as one tree of frozen dataclasses, checked once at the door and printed at start-up.
+
+This is the only module that reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jserve.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+AttentionBackend = Literal["auto", "native", "xla", "pallas"]
+
+
+def cache_root() -> Path:
+    """Where jserve keeps models, compiled programs and kernels: $JSERVE_CACHE_DIR, or ~/.cache/jserve."""
+    chosen = os.environ.get("JSERVE_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jserve"
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The paged KV cache on the device."""
+
+    block_size: int = 16
+    """Tokens in a block."""
+    device_blocks: int | None = None
+    """Blocks of the device pool; None sizes it after warm-up from the memory that is really free."""
+    memory_fraction: float = 0.9
+    """Share of the free device memory that the pool may take when `device_blocks` is None."""
+    prefix_cache: bool = True
+    """Reuse the KV of earlier requests with the same prefix."""
+
+    def __post_init__(self) -> None:
+        _check(self.block_size >= 1, "cache.block_size", self.block_size, "use at least 1; 16 is a good choice")
+        _check(
+            self.device_blocks is None or self.device_blocks >= 1,
+            "cache.device_blocks",
+            self.device_blocks,
+            "use at least 1 block, or leave it out to size the pool from free memory",
+        )
+        _check(0 < self.memory_fraction <= 1, "cache.memory_fraction", self.memory_fraction, "use a share in (0, 1]")
+
+
+@dataclass(frozen=True)
+class SchedConfig:
+    """What one step may hold, and how long the queue may grow."""
+
+    max_running: int = 64
+    """Requests that may run at once: rows of a decode batch."""
+    token_budget: int = 512
+    """Tokens of one step: decodes first, then prefill chunks. Bounds how long a prompt delays the others' tokens."""
+    max_waiting: int = 1024
+    """Requests that may wait; one more is refused with RESOURCE_EXHAUSTED."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_running >= 1, "sched.max_running", self.max_running, "use at least 1")
+        _check(
+            self.token_budget >= self.max_running,
+            "sched.token_budget",
+            self.token_budget,
+            f"use at least max_running ({self.max_running}): every running request decodes one token a step",
+        )
+        _check(self.max_waiting >= 1, "sched.max_waiting", self.max_waiting, "use at least 1")
+
+
+@dataclass(frozen=True)
+class RunnerConfig:
+    """How compiled steps are made and run."""
+
+    attention_backend: AttentionBackend = "auto"
+    """auto: pallas on NVIDIA GPUs, native (C++) on CPU where a compiler is at hand, else xla."""
+    token_buckets: tuple[int, ...] | None = None
+    """Token counts that the backbone is compiled for; None chooses by platform and token budget."""
+    overlap: bool = True
+    """Launch step N+1 before the tokens of step N are read."""
+    warmup: bool = True
+    """Compile every program before the first request."""
+    compile_cache_dir: Path | None = None
+    """Where compiled programs are kept between runs; None is `<cache root>/xla`."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One engine: a model on a mesh, its KV cache and its scheduler."""
+
+    model: str | None = None
+    """A directory, a GGUF file or a hub id; None is the embedded default, SmolLM2-135M-Instruct."""
+    dtype: DType = "auto"
+    """auto: float32 on CPU, bfloat16 on GPU."""
+    tp: int = 1
+    """Devices that share each layer (mesh axis `tp`)."""
+    max_model_len: int | None = None
+    """Longest prompt plus output in tokens; None takes the model's own limit, bounded by the pool."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    sched: SchedConfig = field(default_factory=SchedConfig)
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.tp >= 1, "tp", self.tp, "use at least 1")
+        _check(
+            self.max_model_len is None or self.max_model_len >= 2,
+            "max_model_len",
+            self.max_model_len,
+            "use at least 2 tokens, or leave it out",
+        )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The gRPC door."""
+
+    host: str = "127.0.0.1"
+    port: int = 8475
+    """0 takes a free port and prints it."""
+    drain_timeout_s: float = 30.0
+    """On SIGTERM, how long running requests may go on before they are cancelled."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.port <= 65535, "server.port", self.port, "use 0 (any free port) to 65535")
+        _check(self.drain_timeout_s >= 0, "server.drain_timeout_s", self.drain_timeout_s, "use 0 or more seconds")
+
+
+def describe(config: Any, prefix: str = "") -> list[str]:
+    """The settings as `name = value` lines, for the start-up print."""
+    lines: list[str] = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            lines += describe(value, f"{prefix}{f.name}.")
+        else:
+            lines.append(f"{prefix}{f.name} = {value}")
+    return lines
+
+
+def _check(ok: bool, name: str, value: object, way_out: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}: {way_out}")

@@ -1,0 +1,291 @@
+"""The engine: the step loop that joins scheduler, cache and executor. One thread owns it and everything below it.
+
+A request's life here: `add` checks it and puts it in the queue; `step` schedules it, launches it with its batch
+mates and, one step later, reads its token; each `EngineOutput` goes back to the front-end; on its last token, or
+on `abort`, everything that it held is released. `step` launches batch N+1 before it reads the tokens of batch N, so
+that the device never waits for Python.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from jserve.cache.block_keys import root_key
+from jserve.cache.kv_cache import BlockTable, KVCache
+from jserve.config import EngineConfig
+from jserve.doors import Clock, Executor, LaunchedStep, StepResult, SystemClock
+from jserve.errors import InvalidRequest, Overloaded
+from jserve.request import EngineOutput, EngineRequest
+from jserve.sched.plan import StepPlan
+from jserve.sched.scheduler import Scheduler
+from jserve.sched.sequence import Phase, Sequence
+
+if TYPE_CHECKING:
+    from jserve.progress import Progress
+
+STEP_RECORDS = 1024
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine serves, and within which limits."""
+
+    model: str
+    fingerprint: str
+    """Part of every block's key: model, weights, dtype."""
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    device_blocks: int
+    dtype: str
+    backend: str
+    """Platform and attention backend, as in `cpu/native`."""
+    weight_bytes: int
+    pool_bytes: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step, for `stats()`. Host time is what the device may have to wait for: schedule, pack and commit."""
+
+    num_tokens: int
+    num_rows: int
+    schedule_s: float
+    pack_s: float
+    commit_s: float
+
+    @property
+    def host_s(self) -> float:
+        return self.schedule_s + self.pack_s + self.commit_s
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot: gauges now, counters since start, medians over the last steps."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+    """Blocks that a request could take now, reusable ones included."""
+    cached_blocks: int
+    """Blocks held by no request whose KV can still be found."""
+    held_blocks: int
+    steps: int
+    prefill_tokens: int
+    decode_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    preemptions: int
+    overrun_tokens: int
+    requests_finished: int
+    requests_aborted: int
+    requests_rejected: int
+    host_step_ms_p50: float
+    compiles_after_warmup: int
+
+
+class Engine:
+    """See the module's story. `add`, `abort`, `step` and `stats` are called from one thread."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        info: EngineInfo,
+        executor: Executor,
+        clock: Clock | None = None,
+    ) -> None:
+        self.config = config
+        self.info = info
+        self.executor = executor
+        self.clock = clock or SystemClock()
+        self.cache = KVCache(info.device_blocks, info.block_size, reuse=config.cache.prefix_cache)
+        self.scheduler = Scheduler(config.sched, self.cache)
+        self._sequences: dict[str, Sequence] = {}
+        self._roots: dict[str, bytes] = {}
+        self._launched: tuple[StepPlan, LaunchedStep, float] | None = None
+        self._aborted: list[EngineOutput] = []
+        self._records: deque[StepRecord] = deque(maxlen=STEP_RECORDS)
+        self._finished = self._aborts = self._rejects = 0
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
+        """Load the model, size the pool, compile every program. Raises ConfigError or ModelError."""
+        from jserve.runner import Runner
+
+        runner = Runner.from_config(config, progress)
+        return cls(config, runner.info, runner)
+
+    # --- intake -------------------------------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises InvalidRequest if it can never run, Overloaded if the queue is full."""
+        try:
+            sequence = self._sequence(request)
+        except (InvalidRequest, Overloaded):
+            self._rejects += 1
+            raise
+        self._sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def _sequence(self, request: EngineRequest) -> Sequence:
+        prompt, limit = request.token_ids, self.max_total_tokens
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use: choose another, or leave it out")
+        if not prompt:
+            raise InvalidRequest("the prompt has no tokens: give at least one")
+        if len(prompt) >= limit:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens, and this server takes at most {limit - 1} (context of "
+                f"{self.info.max_model_len}, KV pool of {self.info.device_blocks} blocks of {self.info.block_size}): "
+                "shorten it, or serve with a larger --max-model-len or --device-blocks"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self.info.vocab_size:
+            wrong = next(t for t in prompt if not 0 <= t < self.info.vocab_size)
+            raise InvalidRequest(f"token id {wrong} is outside the vocabulary: use 0 to {self.info.vocab_size - 1}")
+        request.sampling.check(self.info.vocab_size)
+        if len(self.scheduler.waiting) >= self.config.sched.max_waiting:
+            raise Overloaded(f"{len(self.scheduler.waiting)} requests are waiting, the most this server takes: retry later")
+        room = limit - len(prompt)
+        return Sequence(
+            request_id=request.request_id,
+            tokens=list(prompt),
+            sampling=request.sampling,
+            stop_token_ids=frozenset(request.stop_token_ids),
+            table=BlockTable(self._root(request.cache_salt)),
+            max_tokens_total=len(prompt) + min(request.sampling.max_tokens or room, room),
+            num_prompt=len(prompt),
+        )
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Prompt plus output of one request: the model's context, or the whole pool if that is smaller."""
+        return min(self.info.max_model_len, self.info.device_blocks * self.info.block_size)
+
+    def _root(self, salt: str) -> bytes:
+        root = self._roots.get(salt)
+        if root is None:
+            if len(self._roots) >= 65536:  # a salt per request must not grow this for ever
+                self._roots.clear()
+            root = self._roots[salt] = root_key(self.info.fingerprint, salt)
+        return root
+
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it is and free what it holds. Its last output comes with the next step."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return
+        self.scheduler.abort(sequence)
+        self._aborts += 1
+        self._aborted.append(_last_output(sequence, [], None))
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a call of `step` would do anything."""
+        return self.scheduler.has_work or self._launched is not None or bool(self._aborted)
+
+    def step(self) -> list[EngineOutput]:
+        """One iteration: launch the next batch, then read the one before. Returns what is new, maybe nothing."""
+        outputs, self._aborted = self._aborted, []
+        previous = self._launched
+        self._launched = self._launch()
+        if previous is not None:
+            outputs += self._commit(*previous)
+        if self._launched is not None and not self.config.runner.overlap:
+            outputs += self._commit(*self._launched)
+            self._launched = None
+        return outputs
+
+    def _launch(self) -> tuple[StepPlan, LaunchedStep, float] | None:
+        start = self.clock.now()
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return None
+        schedule_s = self.clock.now() - start
+        return plan, self.executor.launch(plan), schedule_s
+
+    def _commit(self, plan: StepPlan, launched: LaunchedStep, schedule_s: float) -> list[EngineOutput]:
+        result = launched.read()
+        start = self.clock.now()
+        outputs = self._outputs(plan, result)
+        record = StepRecord(
+            plan.num_tokens, len(plan.rows), schedule_s, getattr(launched, "pack_s", 0.0), self.clock.now() - start
+        )
+        self._records.append(record)
+        return outputs
+
+    def _outputs(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
+        outputs = []
+        for news in self.scheduler.commit(plan, result.tokens):
+            sequence = news.sequence
+            logprobs = None
+            if result.logprobs is not None and (entry := result.logprobs[news.row]) is not None:
+                logprobs = [entry]
+            if sequence.phase is Phase.FINISHED:
+                del self._sequences[sequence.request_id]
+                self._finished += 1
+                outputs.append(_last_output(sequence, [news.token], logprobs))
+            else:
+                outputs.append(
+                    EngineOutput(
+                        request_id=sequence.request_id,
+                        token_ids=[news.token],
+                        logprobs=logprobs,
+                        prompt_tokens=sequence.num_prompt,
+                        cached_tokens=sequence.num_cached,
+                    )
+                )
+        return outputs
+
+    # --- what it tells ------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        pool, counters = self.cache.pool, self.scheduler.stats
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            free_blocks=pool.num_free,
+            cached_blocks=pool.num_reclaimable,
+            held_blocks=pool.num_blocks - pool.num_free,
+            steps=counters.steps,
+            prefill_tokens=counters.prefill_tokens,
+            decode_tokens=counters.decode_tokens,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            preemptions=counters.preemptions,
+            overrun_tokens=counters.overrun_tokens,
+            requests_finished=self._finished,
+            requests_aborted=self._aborts,
+            requests_rejected=self._rejects,
+            host_step_ms_p50=1e3 * median([r.host_s for r in self._records]) if self._records else 0.0,
+            compiles_after_warmup=getattr(self.executor, "compiles_after_warmup", 0),
+        )
+
+    def step_records(self) -> list[StepRecord]:
+        """The last steps, oldest first, at most STEP_RECORDS."""
+        return list(self._records)
+
+    def close(self) -> None:
+        """End every request and give the device back."""
+        for request_id in list(self._sequences):
+            self.abort(request_id)
+        while self.has_work:
+            self.step()
+        close: Any = getattr(self.executor, "close", None)
+        if close is not None:
+            close()
+
+
+def _last_output(sequence: Sequence, token_ids: list[int], logprobs: Any) -> EngineOutput:
+    return EngineOutput(
+        request_id=sequence.request_id,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        finish_reason=sequence.finish_reason,
+        prompt_tokens=sequence.num_prompt,
+        cached_tokens=max(sequence.num_cached, 0),
+    )

@@ -1,0 +1,50 @@
+"""A request inside the scheduler: its tokens, how far its KV has been computed, and what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from jserve.cache.kv_cache import BlockTable
+from jserve.request import FinishReason, SamplingParams
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One continuation. `tokens` are the known ones; `in_flight` more are sampled in steps that are not read yet."""
+
+    request_id: str
+    tokens: list[int]
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int]
+    table: BlockTable
+    max_tokens_total: int
+    """Prompt and output together end here."""
+    num_prompt: int = 0
+    num_computed: int = 0
+    """Leading tokens whose KV is in the cache, or will be when the launched steps have run."""
+    in_flight: int = 0
+    slot: int = -1
+    """Row of the executor's per-request device state, while running."""
+    phase: Phase = Phase.WAITING
+    finish_reason: FinishReason | None = None
+    num_cached: int = -1
+    """Prompt tokens found in the cache at first admission; -1 before it."""
+    num_preemptions: int = 0
+    arrival: int = field(default=0)
+    """Order of arrival."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequence, those in flight included."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt

@@ -1,1 +1,1 @@
-"""Where KV is kept: block pool, prefix index, and what a request holds of them. Pure Python: no JAX, no I/O, no clock."""
+"""Where KV is kept: block pool, prefix index, what a request holds of them. Pure Python: no JAX, no I/O, no clock."""

@@ -147,7 +147,8 @@ class Engine:
             raise InvalidRequest(f"token id {wrong} is outside the vocabulary: use 0 to {self.info.vocab_size - 1}")
         request.sampling.check(self.info.vocab_size)
         if len(self.scheduler.waiting) >= self.config.sched.max_waiting:
-            raise Overloaded(f"{len(self.scheduler.waiting)} requests are waiting, the most this server takes: retry later")
+            waiting = len(self.scheduler.waiting)
+            raise Overloaded(f"{waiting} requests are waiting, the most this server takes: retry later")
         room = limit - len(prompt)
         return Sequence(
             request_id=request.request_id,

@@ -27,9 +27,17 @@ class NotFound(JserveError):
     """The request names something that this server does not have (gRPC NOT_FOUND)."""
 
 
+class Unsupported(JserveError):
+    """This model lacks what the request needs, such as a chat template (gRPC FAILED_PRECONDITION)."""
+
+
 class Overloaded(JserveError):
     """The queue is full; the same request may succeed later (gRPC RESOURCE_EXHAUSTED)."""
 
 
 class Unavailable(JserveError):
     """The server is loading, draining or broken (gRPC UNAVAILABLE)."""
+
+
+class DeadlineExceeded(JserveError):
+    """The request's own time limit has passed (gRPC DEADLINE_EXCEEDED)."""

@@ -20,6 +20,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKEN_IDS = 16
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
 MAX_N = 64
 
 
@@ -82,6 +83,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _at_most("stop", len(self.stop), MAX_STOP_STRINGS)
         if any(not s for s in self.stop):
             raise InvalidRequest("stop has an empty string: leave it out, or give at least one character")
+        if any(len(s) > MAX_STOP_CHARS for s in self.stop):
+            raise InvalidRequest(
+                f"stop has a string of {max(map(len, self.stop))} characters: use at most {MAX_STOP_CHARS}"
+            )
         _at_most("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, vocab_size - 1)

@@ -12,7 +12,7 @@ class BatchMetadata(NamedTuple):
     """A batch of R rows with T query tokens in all; every shape is fixed by the compiled bucket.
 
     The queries of row r are tokens `query_start[r] : query_start[r + 1]`, and are the last ones of the row's
-    `context_len[r]` tokens: query i of row r sits at position `context_len[r] - (query_start[r+1] - query_start[r]) + i`
+    `context_len[r]` tokens: with n of them, query i sits at position `context_len[r] - n + i`
     and sees every position up to its own. A padding row has no queries and context_len 0. Padding tokens lie after
     the last row's queries.
     """

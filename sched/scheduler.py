@@ -23,12 +23,12 @@ from jserve.sched.sequence import Phase, Sequence
 
 @dataclass(slots=True)
 class Progress:
-    """News of one sequence after a step: a token, an end, or both."""
+    """News of one sequence after a step: its new token. Its phase tells whether that was the last."""
 
     sequence: Sequence
-    token: int | None
+    token: int
     row: int
-    """Place among the step's sampled tokens; -1 without a token."""
+    """Place among the step's sampled tokens."""
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Scheduler:
         return self.stats.preemptions == preempted_before
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend the sequence's blocks, preempting the youngest ones as long as that is needed; False if it was itself."""
+        """Extend the sequence's blocks, preempting the youngest while that is needed; False if that was itself."""
         while not self.cache.extend(sequence.table, num_tokens):
             victim = self.running[-1]
             self._preempt(victim)

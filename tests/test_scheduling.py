@@ -38,7 +38,9 @@ def make_engine(
     return Engine(config, info, executor, clock)
 
 
-def request(name: str, prompt: list[int], max_tokens: int, stop: list[int] | None = None, salt: str = "") -> EngineRequest:
+def request(
+    name: str, prompt: list[int], max_tokens: int, stop: list[int] | None = None, salt: str = ""
+) -> EngineRequest:
     return EngineRequest(
         request_id=name,
         token_ids=prompt,

@@ -1,0 +1,144 @@
+"""How a step plan travels to the device: one flat int32 vector for the backbone, one for the sampler.
+
+`pack_*` writes the vector on the host and `unpack_*` reads it inside jit; a layout is written down once, as the list
+of its parts, and both sides follow it. Shapes depend on the token bucket T (backbone) or row bucket R (sampler) alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jax import Array
+from jaxtyping import Int32
+
+from jserve.pallas_kernels.metadata import BatchMetadata
+from jserve.sched.plan import Row, StepPlan
+
+
+class Forward(NamedTuple):
+    """Input of the backbone, T tokens."""
+
+    tokens: Int32[Array, "T"]
+    """Token ids; -1 - slot where the token is the newest of that slot, and may be known to the device alone."""
+    positions: Int32[Array, "T"]
+    sampled: Int32[Array, "S"]
+    """The token whose hidden state sampling row i needs."""
+    attention: BatchMetadata
+
+
+class Head(NamedTuple):
+    """Input of the sampler, R rows."""
+
+    flags: Int32[Array, "3"]
+    slots: Int32[Array, "R"]
+    output_index: Int32[Array, "R"]
+
+
+class Limits(NamedTuple):
+    """The fixed sizes behind every layout."""
+
+    slots: int
+    blocks_per_sequence: int
+    block_size: int
+    num_blocks: int
+
+    def rows(self, tokens: int) -> int:
+        """Rows that a batch of so many tokens can have."""
+        return min(tokens, self.slots)
+
+
+def forward_sizes(tokens: int, limits: Limits) -> tuple[int, ...]:
+    """Words of each part: tokens, positions, kv_slot, sampled, query_start, context_len, block_table."""
+    rows = limits.rows(tokens)
+    return tokens, tokens, tokens, limits.slots, rows + 1, rows, rows * limits.blocks_per_sequence
+
+
+def unpack_forward(words: Int32[Array, "words"], tokens: int, limits: Limits) -> Forward:
+    ends = np.cumsum(forward_sizes(tokens, limits))
+    ids, positions, kv_slot, sampled, query_start, context_len, table = np.split(np.arange(ends[-1]), ends[:-1])
+
+    def part(of: np.ndarray) -> Array:
+        return words[of[0] : of[-1] + 1]
+
+    attention = BatchMetadata(
+        query_start=part(query_start),
+        context_len=part(context_len),
+        block_table=part(table).reshape(limits.rows(tokens), limits.blocks_per_sequence),
+        kv_slot=part(kv_slot),
+    )
+    return Forward(part(ids), part(positions), part(sampled), attention)
+
+
+def pack_forward(plan: StepPlan, tables: np.ndarray, tokens: int, limits: Limits) -> np.ndarray:
+    """The plan as the backbone of bucket `tokens` reads it. `tables` has the block table of every slot."""
+    rows, num_rows = plan.rows, len(plan.rows)
+    counts = np.array([row.count for row in rows], np.int32)
+    starts = np.array([row.start for row in rows], np.int32)
+    slots = np.array([row.sequence.slot for row in rows], np.int32)
+    words = np.zeros(sum(forward_sizes(tokens, limits)), np.int32)
+    ends = np.cumsum(forward_sizes(tokens, limits))
+    ids, positions, kv_slot, sampled, query_start, context_len, table = np.split(words, ends[:-1])
+
+    filled = plan.num_tokens
+    row_end = np.cumsum(counts)
+    row_of = np.repeat(np.arange(num_rows), counts)
+    positions[:filled] = np.arange(filled) - (row_end - counts)[row_of] + starts[row_of]
+    blocks = tables[slots[row_of], positions[:filled] // limits.block_size]
+    kv_slot[:filled] = blocks * limits.block_size + positions[:filled] % limits.block_size
+    kv_slot[filled:] = limits.num_blocks * limits.block_size
+    query_start[1 : num_rows + 1] = row_end
+    query_start[num_rows + 1 :] = filled
+    context_len[:num_rows] = starts + counts
+    table.reshape(-1, limits.blocks_per_sequence)[:num_rows] = tables[slots]
+    ends_sampled = row_end[[row.samples for row in rows]] - 1
+    sampled[: len(ends_sampled)] = ends_sampled
+    _fill_tokens(ids, rows)
+    return words
+
+
+def _fill_tokens(ids: np.ndarray, rows: list[Row]) -> None:
+    at = 0
+    for row in rows:
+        known = row.sequence.tokens
+        if row.start >= len(known):
+            ids[at] = -1 - row.sequence.slot
+        elif row.count == 1:
+            ids[at] = known[row.start]
+        else:
+            ids[at : at + row.count] = known[row.start : row.start + row.count]
+        at += row.count
+
+
+def pack_head(sampling: list[Row], slot_flags: np.ndarray, rows: int, limits: Limits) -> np.ndarray:
+    """The sampling rows of a plan as the sampler of bucket `rows` reads them. `slot_flags` is [slots, 3]."""
+    words = np.zeros(3 + 2 * rows, np.int32)
+    flags, slots, output_index = np.split(words, (3, 3 + rows))
+    count = len(sampling)
+    slots[:count] = [row.sequence.slot for row in sampling]
+    slots[count:] = limits.slots  # padding: out of range
+    output_index[:count] = [row.start + row.count - row.sequence.num_prompt for row in sampling]
+    flags[:] = slot_flags[slots[:count]].any(axis=0)
+    return words
+
+
+def unpack_head(words: Int32[Array, "words"], rows: int) -> Head:
+    return Head(words[:3], words[3 : 3 + rows], words[3 + rows :])
+
+
+def default_token_buckets(token_budget: int, platform: str) -> tuple[int, ...]:
+    """Token counts to compile for. A CPU pads 2 to 15 rows to 16, because there 16 rows cost less than 4."""
+    small = (1, 16) if platform == "cpu" else (1, 2, 4, 8, 16)
+    steps = [24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
+    return tuple(b for b in (*small, *steps) if b < token_budget) + (token_budget,)
+
+
+def row_buckets(slots: int, platform: str) -> tuple[int, ...]:
+    """Row counts to compile the sampler for."""
+    small = (1, 16) if platform == "cpu" else (1, 2, 4, 8, 16)
+    return tuple(b for b in (*small, 32, 64, 128, 256, 512) if b < slots) + (slots,)
+
+
+def bucket_for(size: int, buckets: tuple[int, ...]) -> int:
+    """The smallest bucket that holds `size`."""
+    return next(b for b in buckets if b >= size)

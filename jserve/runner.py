@@ -1,0 +1,267 @@
+"""The Executor door on XLA: owns the device (weights, KV pool, sampler state) and turns step plans into program calls.
+
+Everything here runs on the engine's thread. `launch` packs a plan into two small vectors, sends them, and calls the
+compiled programs, which return at once; `LaunchedStep.read` waits for the tokens. The newest token of a slot stays
+on the device, so that the next step can be launched before anybody has read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+from jserve.batch import Limits, bucket_for, default_token_buckets, pack_forward, pack_head, row_buckets
+from jserve.config import EngineConfig, cache_root
+from jserve.doors import StepResult
+from jserve.engine import EngineInfo
+from jserve.errors import ConfigError
+from jserve.models.spec import ModelSpec
+from jserve.pallas_kernels.backend import choose_backend
+from jserve.programs import CompileCounter, ProgramReport, Programs
+from jserve.progress import Progress, SilentProgress
+from jserve.request import TokenLogprobs
+from jserve.sampling import Sampled, count_tokens, flags_of, needs_counts, pack_slot
+from jserve.sched.plan import Row, StepPlan
+from jserve.sched.sequence import Sequence
+
+CPU_POOL_BYTES = 2 << 30
+"""On CPU, the pool's size when the user names none: memory is shared there, so its free part is no measure."""
+
+
+@dataclass(slots=True)
+class XlaStep:
+    """A launched step and the tokens that it will have."""
+
+    sampled: Sampled | None
+    wanted_logprobs: list[int | None]
+    """Of each sampling row, how many alternatives it asked for."""
+    pack_s: float
+
+    def read(self) -> StepResult:
+        if self.sampled is None:
+            return StepResult([])
+        tokens = np.asarray(self.sampled.tokens)[: len(self.wanted_logprobs)].tolist()
+        if all(n is None for n in self.wanted_logprobs):
+            return StepResult(tokens)
+        logprob, ids, top = (np.asarray(a) for a in self.sampled[1:])
+        return StepResult(
+            tokens,
+            [
+                None if n is None else TokenLogprobs(float(logprob[i]), ids[i, :n].tolist(), top[i, :n].tolist())
+                for i, n in enumerate(self.wanted_logprobs)
+            ],
+        )
+
+
+class Runner:
+    """See the module. Built by `from_config`, or from a model already on its mesh."""
+
+    def __init__(
+        self, config: EngineConfig, model: nnx.Module, spec: ModelSpec, name: str, mesh: Mesh, progress: Progress
+    ) -> None:
+        self.config, self.spec, self.mesh = config, spec, mesh
+        platform = mesh.devices.flat[0].platform
+        self._leaves = jax.tree.leaves(nnx.split(model)[1])
+        self.weight_bytes = sum(x.nbytes for x in self._leaves)
+        self._backend = choose_backend(config.runner.attention_backend, platform)
+        self._token_buckets = _token_buckets(config, platform)
+        self._row_buckets = row_buckets(config.sched.max_running, platform)
+        self._compiles = CompileCounter()
+
+        max_model_len = min(config.max_model_len or spec.max_position, spec.max_position)
+        self._model = model
+        self.limits = self._size(max_model_len, platform)
+        self.programs = Programs(model, spec, mesh, self.limits, self._backend)
+        self._k, self._v = self.programs.empty_pool(), self.programs.empty_pool()
+        self._state = self.programs.empty_state()
+        slots, blocks = self.limits.slots, self.limits.blocks_per_sequence
+        self._tables = np.zeros((slots, blocks), np.int32)
+        self._table_len = [0] * slots
+        self._slot_flags = np.zeros((slots, 3), np.bool_)
+        self.info = EngineInfo(
+            model=name,
+            fingerprint=_fingerprint(name, spec, str(self.programs.dtype)),
+            vocab_size=spec.vocab_size,
+            max_model_len=max_model_len,
+            block_size=config.cache.block_size,
+            device_blocks=self.limits.num_blocks,
+            dtype=str(self.programs.dtype),
+            backend=f"{platform}/{self._backend}",
+            weight_bytes=self.weight_bytes,
+            pool_bytes=sum(x.nbytes for x in self._k + self._v),
+        )
+        self.reports: list[ProgramReport] = []
+        if config.runner.warmup:
+            self.reports = self.programs.warm_up(self._token_buckets, self._row_buckets, progress)
+        self._compiles.reset()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> Runner:
+        """Find and load the model, then as above. Raises ConfigError or ModelError."""
+        from jserve import checkpoints
+        from jserve.pull import resolve_model
+
+        progress = progress or SilentProgress()
+        path = resolve_model(config.model, progress)
+        set_up_compile_cache(config.runner.compile_cache_dir or cache_root() / "xla")
+        mesh = make_mesh(config.tp)
+        dtype = resolve_dtype(config.dtype, mesh)
+        loaded = checkpoints.load(path, mesh=mesh, dtype=dtype, progress=progress)
+        return cls(config, loaded.model, loaded.spec, loaded.name, mesh, progress)
+
+    # --- sizes --------------------------------------------------------------------------------------------------
+
+    def _size(self, max_model_len: int, platform: str) -> Limits:
+        """The pool's size: as told, or what is free once the largest program has its temporaries."""
+        block_size, blocks = self.config.cache.block_size, self.config.cache.device_blocks
+        slots = self.config.sched.max_running
+        per_sequence = -(-max_model_len // block_size)
+        if blocks is None:
+            itemsize = self._leaves[0].dtype.itemsize
+            block_bytes = 2 * self.spec.num_layers * block_size * self.spec.num_kv_heads * self.spec.head_dim * itemsize
+            block_bytes //= self.config.tp
+            blocks = self._free_bytes(platform, Limits(slots, per_sequence, block_size, slots)) // block_bytes
+            blocks = min(blocks, slots * per_sequence)
+            if blocks < 1:
+                raise ConfigError(
+                    f"no memory is left for the KV pool (one block takes {block_bytes / 2**20:.1f} MiB): "
+                    "use a smaller model or dtype, a larger --tp, or a lower --token-budget"
+                )
+        return Limits(slots, per_sequence, block_size, blocks)
+
+    def _free_bytes(self, platform: str, trial: Limits) -> int:
+        if platform == "cpu":
+            return min(CPU_POOL_BYTES, int(self.config.cache.memory_fraction * _available_host_bytes() / 2))
+        programs = Programs(self._model, self.spec, self.mesh, trial, self._backend)
+        memory = programs.lower_forward(self._token_buckets[-1]).compile().memory_analysis()
+        stats = self.mesh.devices.flat[0].memory_stats()
+        free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"]) - int(memory.temp_size_in_bytes)
+        return int(self.config.cache.memory_fraction * free)
+
+    # --- the Executor door --------------------------------------------------------------------------------------
+
+    @property
+    def compiles_after_warmup(self) -> int:
+        return self._compiles.count
+
+    def launch(self, plan: StepPlan) -> XlaStep:
+        start = time.perf_counter()
+        for sequence in plan.admitted:
+            self._admit(sequence)
+        self._update_tables(plan)
+        tokens = bucket_for(plan.num_tokens, self._token_buckets)
+        forward_words = pack_forward(plan, self._tables, tokens, self.limits)
+        sampling = [row for row in plan.rows if row.samples]
+        pack_s = time.perf_counter() - start
+
+        hidden, self._k, self._v = self.programs.forward(
+            tokens, self._leaves, self._k, self._v, self._state.last_token, self._send(forward_words)
+        )
+        return self._launch_head(hidden, sampling, pack_s)
+
+    def _launch_head(self, hidden: jax.Array, sampling: list[Row], pack_s: float) -> XlaStep:
+        if not sampling:
+            return XlaStep(None, [], pack_s)
+        start = time.perf_counter()
+        rows = bucket_for(len(sampling), self._row_buckets)
+        words = pack_head(sampling, self._slot_flags, rows, self.limits)
+        wanted = [row.sequence.sampling.logprobs for row in sampling]
+        pack_s += time.perf_counter() - start
+        sampled, self._state = self.programs.head(rows, self._leaves, hidden, self._state, self._send(words))
+        for array in sampled if any(n is not None for n in wanted) else sampled[:1]:
+            array.copy_to_host_async()
+        return XlaStep(sampled, wanted, pack_s)
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Give the slot its new request's sampling state."""
+        slot, params = sequence.slot, sequence.sampling
+        self._table_len[slot] = 0
+        self._slot_flags[slot] = flags_of(params)
+        words = pack_slot(slot, params, sequence.stop_token_ids, self.spec.vocab_size)
+        self._state = self.programs.set_slot(self._state, self._send(words))
+        if needs_counts(params):
+            prompt, output = sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]
+            counts = count_tokens(prompt, output, self.spec.vocab_size)
+            self._state = self.programs.set_counts(self._state, np.int32(slot), self._send(counts))
+
+    def _update_tables(self, plan: StepPlan) -> None:
+        """Note the blocks that the plan's sequences have got since their last step."""
+        for row in plan.rows:
+            slot, blocks = row.sequence.slot, row.sequence.table.blocks
+            have = self._table_len[slot]
+            if have < len(blocks):
+                self._tables[slot, have : len(blocks)] = blocks[have:]
+                self._table_len[slot] = len(blocks)
+
+    def _send(self, words: np.ndarray) -> jax.Array:
+        sent: jax.Array = jax.device_put(words, self.programs.replicated)
+        return sent
+
+    def close(self) -> None:
+        """Free the device memory."""
+        for array in (*self._k, *self._v, *self._leaves, *self._state):
+            array.delete()
+
+
+# --- start-up -----------------------------------------------------------------------------------------------------
+
+
+def make_mesh(tp: int) -> Mesh:
+    """The first `tp` devices on the axis `tp`."""
+    devices = jax.devices()
+    if tp > len(devices):
+        raise ConfigError(
+            f"tp is {tp}, but this machine has {len(devices)} {devices[0].platform} device(s): lower --tp"
+            + (
+                " (for tests, XLA_FLAGS=--xla_force_host_platform_device_count=N)"
+                if devices[0].platform == "cpu"
+                else ""
+            )
+        )
+    return Mesh(np.array(devices[:tp]), ("tp",), axis_types=(AxisType.Auto,))
+
+
+def resolve_dtype(dtype: str, mesh: Mesh) -> Any:
+    """auto: float32 on CPU, where it is the fast type, bfloat16 elsewhere."""
+    if dtype == "auto":
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return jnp.dtype(dtype)
+
+
+def set_up_compile_cache(directory: Path) -> None:
+    """Keep every compiled program on disk, so that the next start only reads them."""
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _token_buckets(config: EngineConfig, platform: str) -> tuple[int, ...]:
+    buckets = config.runner.token_buckets
+    if buckets is None:
+        return default_token_buckets(config.sched.token_budget, platform)
+    if not buckets or sorted(set(buckets)) != list(buckets) or buckets[0] < 1:
+        raise ConfigError(f"runner.token_buckets is {buckets}: give token counts in rising order")
+    if buckets[-1] < config.sched.token_budget:
+        raise ConfigError(
+            f"runner.token_buckets ends at {buckets[-1]}, below the token budget of {config.sched.token_budget}: "
+            "add a bucket of that size, or lower the budget"
+        )
+    return buckets
+
+
+def _available_host_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _fingerprint(name: str, spec: ModelSpec, dtype: str) -> str:
+    return hashlib.blake2b(f"{name}|{spec!r}|{dtype}".encode(), digest_size=16).hexdigest()

@@ -1,0 +1,713 @@
+// Paged attention and KV write for CPUs, as XLA FFI handlers. Compiled on first use by native/__init__.py.
+//
+// The work is cut into tiles (a few queries of one row, with all their heads), kv heads, and splits of kSplit KV
+// tokens counted from position 0. A (tile, head, split) is computed by one thread, block of kBlock tokens by block,
+// as a small matrix product with an online softmax; the splits of a query are merged in order. Where a split begins
+// and in which order anything is summed depends on positions alone, never on batch mates, threads or how the prompt
+// was chunked, so a query's result is the same bits in any batch.
+//
+// Tokens past a query's position are excluded by loop bounds and lane selects, so what they hold, NaN included, never
+// enters a sum.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// ---------------------------------------------------------------- vectors
+
+// kRows x kVectors accumulators must fit the register file beside their operands.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kVectors = 4, kRows = 6;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kVectors = 2, kRows = 6;
+#else
+constexpr int kLanes = 4, kVectors = 4, kRows = 6;
+#endif
+constexpr int kBlock = 64;    // KV tokens of one online-softmax step
+constexpr int kSplit = 256;   // KV tokens of one partial result
+constexpr int kTileRows = 96; // (query, head of the group) pairs that share a block while it is in the L1 cache
+static_assert(kBlock % (kLanes * kVectors) == 0 && kSplit % kBlock == 0);
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HVec __attribute__((vector_size(2 * kLanes)));
+
+struct BF16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(BF16 x) {
+  uint32_t bits = uint32_t{x.bits} << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, BF16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out->bits = nan ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline Vec load(const BF16* p) {
+  HVec half;
+  std::memcpy(&half, p, sizeof(half));
+  return (Vec)(__builtin_convertvector(half, UVec) << 16);
+}
+template <typename T>
+inline Vec load_first(const T* p, int64_t n) {
+  Vec v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+inline Vec splat(float x) { return x - Vec{}; }
+
+template <int... I>
+constexpr IVec lane_indices(std::integer_sequence<int, I...>) {
+  return IVec{I...};
+}
+constexpr IVec kLaneIndex = lane_indices(std::make_integer_sequence<int, kLanes>{});
+
+// Lane j of a and b, for j from `from` on, as neighbours: a0 b0 a1 b1 ...
+template <int from, int... I>
+inline Vec interleave(Vec a, Vec b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (from + I / 2 + (I % 2) * kLanes)...);
+#else
+  return __builtin_shuffle(a, b, IVec{(from + I / 2 + (I % 2) * kLanes)...});
+#endif
+}
+
+// Each stage is a perfect shuffle, which rotates the bits of (row, column); log2(kLanes) of them swap the two.
+inline void transpose(Vec (&rows)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    Vec next[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave<0>(rows[i], rows[i + kLanes / 2], lanes);
+      next[2 * i + 1] = interleave<kLanes / 2>(rows[i], rows[i + kLanes / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+template <int... I>
+inline Vec rotate_lanes(Vec v, int by, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  Vec out;
+  for (int i = 0; i < kLanes; ++i) out[i] = v[(i + by) % kLanes];
+  return out;
+#else
+  return __builtin_shuffle(v, (IVec{I...} + by) & (kLanes - 1));
+#endif
+}
+
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float max_lane(Vec v) {
+#pragma GCC unroll 4
+  for (int by = kLanes / 2; by > 0; by /= 2) v = maximum(v, rotate_lanes(v, by, std::make_integer_sequence<int, kLanes>{}));
+  return v[0];
+}
+
+inline float sum_lanes(Vec v) {
+  for (int by = kLanes / 2; by > 0; by /= 2) v += rotate_lanes(v, by, std::make_integer_sequence<int, kLanes>{});
+  return v[0];
+}
+
+// 2^x for x <= 0, to about one unit in the last place; exactly 1 at 0, and about 0 below -125.
+inline Vec exp2(Vec x) {
+  x = maximum(x, splat(-125.0f));
+  const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits of the sum are the nearest integer
+  const Vec f = x - (shifted - 12582912.0f);
+  Vec p = splat(1.535336188319500e-4f);
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  return (Vec)((IVec)p + ((IVec)shifted << 23));
+}
+inline float exp2(float x) { return exp2(splat(x))[0]; }
+
+// ---------------------------------------------------------------- compile-time loops
+
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+template <int N, typename F>
+inline void with_constant(int n, F&& f) {
+  if constexpr (N > 0) {
+    if (n == N) return f(Int<N>{});
+    with_constant<N - 1>(n, f);
+  }
+}
+
+// Rows in groups of at most kRows and nearly equal size: f(first row, Int<rows>).
+template <typename F>
+inline void by_rows(int begin, int end, F&& f) {
+  for (int groups = (end - begin + kRows - 1) / kRows; groups > 0; --groups) {
+    const int rows = (end - begin + groups - 1) / groups;
+    with_constant<kRows>(rows, [&](auto n) { f(begin, n); });
+    begin += rows;
+  }
+}
+
+// ---------------------------------------------------------------- the problem
+
+template <typename T>
+struct Problem {
+  const T *q, *keys, *values;
+  const int32_t *query_start, *context_len, *block_table;
+  T* out;
+  int64_t tokens, heads, kv_heads, dim, pages, page_size, rows, table_width;
+  float scale;
+
+  int group() const { return int(heads / kv_heads); }
+  int64_t stride() const { return kv_heads * dim; }  // between the KV of neighbouring tokens
+  int64_t padded_dim() const { return (dim + kLanes - 1) / kLanes * kLanes; }
+};
+
+// Some consecutive queries of one row.
+struct Tile {
+  int64_t row, token, position;  // of the first query
+  int queries;
+
+  int64_t end() const { return position + queries; }  // positions that its last query sees
+  int splits() const { return int((end() + kSplit - 1) / kSplit); }
+  // The first of its queries that sees position `at`.
+  int first_query(int64_t at) const { return int(std::max<int64_t>(0, at - position)); }
+};
+
+// The unnormalised result of some KV tokens for the rows (query, head of the group) of a tile.
+struct Partial {
+  float *o, *max, *sum;
+};
+
+inline Partial partial_at(float* memory, int64_t rows, int64_t padded_dim) {
+  return {memory, memory + rows * padded_dim, memory + rows * padded_dim + rows};
+}
+inline int64_t partial_size(int64_t rows, int64_t padded_dim) {
+  const int64_t floats = rows * (padded_dim + 2);
+  return (floats + kLanes - 1) / kLanes * kLanes;
+}
+
+// One thread's working memory.
+struct Scratch {
+  std::unique_ptr<float[]> memory;
+  int64_t size = 0;
+  int64_t offsets[kSplit];
+  int64_t padded_offsets[kBlock];
+
+  float* reserve(int64_t floats) {
+    if (floats + kLanes > size) {
+      size = floats + kLanes;
+      memory.reset(new float[size]);
+    }
+    const auto address = reinterpret_cast<uintptr_t>(memory.get());
+    return memory.get() + (-address / sizeof(float)) % kLanes;
+  }
+};
+
+// ---------------------------------------------------------------- kernels
+
+// keys_t[d][t] = the key of token t in dimension d, so that scores of neighbouring tokens are neighbouring lanes.
+template <typename T>
+void pack_keys(const T* keys, const int64_t* offsets, int n, int64_t dim, float* keys_t) {
+  for (int t = 0; t < n; t += kLanes) {
+    const int tokens = std::min(kLanes, n - t);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const int64_t width = std::min<int64_t>(kLanes, dim - d);
+      Vec rows[kLanes];
+      if (tokens == kLanes && width == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) rows[i] = load(keys + offsets[t + i] + d);
+      } else {
+        for (int i = 0; i < kLanes; ++i)
+          rows[i] = i < tokens ? load_first(keys + offsets[t + i] + d, width) : Vec{};
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < width; ++i) store(keys_t + (d + i) * kBlock + t, rows[i]);
+    }
+  }
+}
+
+// scores[m][t] = q[m] . key[t] for R rows; lanes at or after n hold anything.
+template <int R>
+void score(const float* q, int64_t dim, const float* keys_t, int n, float* scores) {
+  for (int t = 0; t < n; t += kVectors * kLanes) {
+    Vec acc[R][kVectors] = {};
+    for (int64_t d = 0; d < dim; ++d) {
+      Vec key[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) key[v] = load(keys_t + d * kBlock + t + v * kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const Vec x = splat(q[r * dim + d]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) acc[r][v] += x * key[v];
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(scores + r * kBlock + t + v * kLanes, acc[r][v]);
+  }
+}
+
+// Turns one row's scores into weights 2^(score - max), 0 from token `visible` on, and moves its running maximum and
+// sum; returns by what the row's earlier weights shrink.
+inline float soften(float* scores, int visible, bool first, float* running_max, float* lane_sums) {
+  constexpr int kParts = kBlock / kLanes;
+  const Vec none = splat(-__builtin_inff());
+  Vec s[kParts], top = none;
+#pragma GCC unroll 16
+  for (int v = 0; v < kParts; ++v) {
+    const IVec seen = kLaneIndex < visible - v * kLanes;
+    s[v] = seen ? load(scores + v * kLanes) : none;
+    top = maximum(top, s[v]);
+  }
+  const float block_max = max_lane(top);
+  const float new_max = first ? block_max : std::max(*running_max, block_max);
+  const float shrink = first ? 0.0f : exp2(*running_max - new_max);
+  Vec sums = first ? Vec{} : load(lane_sums) * shrink;
+#pragma GCC unroll 16
+  for (int v = 0; v < kParts; ++v) {
+    const IVec seen = kLaneIndex < visible - v * kLanes;
+    const Vec weight = seen ? exp2(s[v] - new_max) : Vec{};
+    store(scores + v * kLanes, weight);
+    sums += weight;
+  }
+  store(lane_sums, sums);
+  *running_max = new_max;
+  return shrink;
+}
+
+// o[m] = o[m] * shrink[m] + sum over the n tokens of weights[m][t] * value[t], for R rows and V vectors of dimensions.
+template <int R, int V, typename T>
+void accumulate(const float* weights, const T* values, const int64_t* offsets, int n, const float* shrink, bool first,
+                float* o, int64_t stride) {
+  Vec acc[R][V];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] = first ? Vec{} : load(o + r * stride + v * kLanes) * shrink[r];
+  for (int t = 0; t < n; ++t) {
+    const T* value = values + offsets[t];
+    Vec x[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) x[v] = load(value + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const Vec w = splat(weights[r * kBlock + t]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] += w * x[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(o + r * stride + v * kLanes, acc[r][v]);
+}
+
+// What one thread needs to attend for one tile.
+template <typename T>
+struct Worker {
+  const Problem<T>& p;
+  const Tile& tile;
+  Scratch& scratch;
+  int group, rows;
+  int64_t dim, padded;
+  float *keys_t, *padded_values, *scores, *shrink, *lane_sums, *queries;
+
+  static int64_t floats(const Problem<T>& p, int rows) {
+    return kBlock * (p.dim + p.padded_dim()) + rows * (kBlock + 2 * kLanes + p.kv_heads * p.dim);
+  }
+
+  Worker(const Problem<T>& p, const Tile& tile, Scratch& scratch, float* memory)
+      : p(p), tile(tile), scratch(scratch), group(p.group()), rows(tile.queries * p.group()), dim(p.dim),
+        padded(p.padded_dim()) {
+    keys_t = memory;
+    padded_values = keys_t + kBlock * dim;
+    scores = padded_values + kBlock * padded;
+    lane_sums = scores + rows * kBlock;
+    shrink = lane_sums + rows * kLanes;
+    queries = shrink + (rows + kLanes - 1) / kLanes * kLanes;
+    for (int t = 0; t < kBlock; ++t) scratch.padded_offsets[t] = t * padded;
+  }
+
+  // Scaled so that weights are powers of two rather than of e.
+  void take_queries(int head) {
+    const float scale = p.scale * 1.4426950408889634f;
+    for (int i = 0; i < tile.queries; ++i) {
+      const T* from = p.q + ((tile.token + i) * p.heads + int64_t{head} * group) * dim;
+      float* to = queries + (int64_t{head} * rows + int64_t{i} * group) * dim;
+      for (int64_t j = 0; j < group * dim; ++j) to[j] = to_float(from[j]) * scale;
+    }
+  }
+
+  void locate(int split) {
+    const int32_t* table = p.block_table + tile.row * p.table_width;
+    const int64_t begin = int64_t{split} * kSplit, end = std::min<int64_t>(begin + kSplit, tile.end());
+    int64_t page = begin / p.page_size, slot = begin % p.page_size;
+    for (int64_t t = begin; t < end; ++t) {
+      scratch.offsets[t - begin] = (int64_t{table[page]} * p.page_size + slot) * p.stride();
+      if (++slot == p.page_size) slot = 0, ++page;
+    }
+  }
+
+  // After locate(split): that split's partial result for the rows that see it.
+  void attend(int head, int split, Partial result) {
+    const int64_t begin = int64_t{split} * kSplit, end = std::min<int64_t>(begin + kSplit, tile.end());
+    for (int64_t at = begin; at < end; at += kBlock) {
+      const int64_t* offsets = scratch.offsets + (at - begin);
+      const int n = int(std::min<int64_t>(kBlock, end - at));
+      attend_block(head, at, at == begin, offsets, n, result);
+    }
+    for (int m = tile.first_query(begin) * group; m < rows; ++m) result.sum[m] = sum_lanes(load(lane_sums + m * kLanes));
+  }
+
+  void attend_block(int head, int64_t at, bool first, const int64_t* offsets, int n, Partial result) {
+    const float* q = queries + int64_t{head} * rows * dim;
+    const int begin = tile.first_query(at) * group;
+    const auto visible = [&](int m) { return int(std::min<int64_t>(n, tile.position + m / group + 1 - at)); };
+    pack_keys(p.keys + head * dim, offsets, n, dim, keys_t);
+    by_rows(begin, rows, [&](int m, auto r) { score<r.value>(q + m * dim, dim, keys_t, n, scores + m * kBlock); });
+    for (int m = begin; m < rows; ++m)
+      shrink[m] = soften(scores + m * kBlock, visible(m), first, result.max + m, lane_sums + m * kLanes);
+    if (padded == dim) {
+      weigh(p.values + head * dim, offsets, begin, first, visible, result);
+    } else {
+      for (int t = 0; t < n; ++t)
+        for (int64_t d = 0; d < padded; d += kLanes)
+          store(padded_values + t * padded + d,
+                load_first(p.values + offsets[t] + head * dim + d, std::min<int64_t>(kLanes, dim - d)));
+      weigh(padded_values, scratch.padded_offsets, begin, first, visible, result);
+    }
+  }
+
+  template <typename V, typename Visible>
+  void weigh(const V* values, const int64_t* offsets, int begin, bool first, Visible visible, Partial result) {
+    for (int64_t d = 0; d < padded; d += kVectors * kLanes) {
+      const int vectors = int(std::min<int64_t>(kVectors, (padded - d) / kLanes));
+      with_constant<kVectors>(vectors, [&](auto v) {
+        by_rows(begin, rows, [&](int m, auto r) {
+          accumulate<r.value, v.value>(scores + m * kBlock, values + d, offsets, visible(m + r.value - 1), shrink + m,
+                                       first, result.o + m * padded + d, padded);
+        });
+      });
+    }
+  }
+
+  // Adds a later split's partial result to `state`.
+  void merge(int split, Partial next, Partial state) {
+    for (int m = tile.first_query(int64_t{split} * kSplit) * group; m < rows; ++m) {
+      const float max = std::max(state.max[m], next.max[m]);
+      const float a = exp2(state.max[m] - max), b = exp2(next.max[m] - max);
+      state.max[m] = max;
+      state.sum[m] = state.sum[m] * a + next.sum[m] * b;
+      for (int64_t d = m * padded; d < (m + 1) * padded; d += kLanes)
+        store(state.o + d, load(state.o + d) * a + load(next.o + d) * b);
+    }
+  }
+
+  void finish(int head, Partial state) {
+    for (int m = 0; m < rows; ++m) {
+      const float scale = 1.0f / state.sum[m];
+      T* to = p.out + ((tile.token + m / group) * p.heads + int64_t{head} * group + m % group) * dim;
+      for (int64_t d = 0; d < dim; ++d) from_float(state.o[m * padded + d] * scale, to + d);
+    }
+  }
+};
+
+// ---------------------------------------------------------------- threads
+
+// Runs item(0) ... item(n - 1) on the pool and the calling thread. A helper that the pool starts late finds nothing
+// left and touches only the shared counters, so the caller waits for items, never for helpers.
+template <typename F>
+void parallel_for(ffi::ThreadPool& pool, int n, F item) {
+  struct State {
+    F item;
+    const int n;
+    std::atomic<int> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+
+    void drain() {
+      for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
+        item(i);
+        if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == n) {
+          std::lock_guard<std::mutex> lock(mutex);
+          all_done.notify_one();
+        }
+      }
+    }
+    State(F item, int n) : item(std::move(item)), n(n) {}
+  };
+  const int helpers = int(std::min<int64_t>(pool.num_threads(), n)) - 1;
+  if (helpers <= 0) {
+    for (int i = 0; i < n; ++i) item(i);
+    return;
+  }
+  auto state = std::make_shared<State>(std::move(item), n);
+  for (int i = 0; i < helpers; ++i) pool.Schedule([state] { state->drain(); });
+  state->drain();
+  const auto finished = [&] { return state->done.load(std::memory_order_acquire) == n; };
+  for (int spin = 0; spin < 4000 && !finished(); ++spin) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, finished);
+}
+
+// ---------------------------------------------------------------- the plan
+
+// The heads and splits of a tile that one thread computes.
+struct Item {
+  int tile, head, heads, split, splits;
+  double cost;
+};
+
+struct Plan {
+  std::vector<Tile> tiles;
+  std::vector<Item> items;
+  std::vector<int64_t> partials;  // per tile: where its splits' partial results begin, or -1 when one item has them all
+  int64_t partial_floats = 0;
+  int max_rows = 0;
+};
+
+// Threads are worth their wake-up above this many multiply-adds, some 10 us.
+constexpr double kMinCost = 5e5;
+
+inline int portion(double target, double cost, int n) {
+  return std::clamp(int(target / std::max(cost, 1.0)), 1, n);
+}
+
+inline void add_items(Plan& plan, int index, int kv_heads, double tile_cost, int rows, double target) {
+  const int splits = plan.tiles[index].splits();
+  int heads = kv_heads, run = splits;
+  if (tile_cost > target) {
+    // A few rows read far more than they compute: cut along the context first, so that a thread reads whole pages.
+    if (rows <= kRows) {
+      run = portion(target, tile_cost / splits, splits);
+      if (run == 1) heads = portion(target, tile_cost / splits / kv_heads, kv_heads);
+    } else {
+      heads = portion(target, tile_cost / kv_heads, kv_heads);
+      if (heads == 1) run = portion(target, tile_cost / kv_heads / splits, splits);
+    }
+  }
+  for (int s = 0; s < splits; s += run)
+    for (int h = 0; h < kv_heads; h += heads) {
+      const int item_heads = std::min(heads, kv_heads - h), item_splits = std::min(run, splits - s);
+      plan.items.push_back({index, h, item_heads, s, item_splits, tile_cost * item_heads * item_splits / (kv_heads * splits)});
+    }
+  plan.partials.push_back(run < splits ? plan.partial_floats : -1);
+}
+
+template <typename T>
+Plan make_plan(const Problem<T>& p, int64_t threads) {
+  Plan plan;
+  const int tile_queries = std::max(1, kTileRows / p.group());
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const int64_t begin = p.query_start[r], queries = p.query_start[r + 1] - begin;
+    for (int64_t i = 0; i < queries; i += tile_queries)
+      plan.tiles.push_back({r, begin + i, p.context_len[r] - queries + i, int(std::min<int64_t>(tile_queries, queries - i))});
+  }
+  // Reading and packing a token costs about as much as 4 rows' arithmetic on it.
+  const auto cost = [&](const Tile& t) { return double(t.end()) * (4 + t.queries * p.group()) * p.kv_heads * p.dim * 2; };
+  double total = 0;
+  for (const Tile& t : plan.tiles) total += cost(t);
+  const double target = threads > 1 && total > 2 * kMinCost ? std::max(total / double(threads * 6), kMinCost) : total;
+  for (int i = 0; i < int(plan.tiles.size()); ++i) {
+    const int rows = plan.tiles[i].queries * p.group();
+    plan.max_rows = std::max(plan.max_rows, rows);
+    add_items(plan, i, int(p.kv_heads), cost(plan.tiles[i]), rows, target);
+    if (plan.partials[i] >= 0)
+      plan.partial_floats += plan.tiles[i].splits() * p.kv_heads * partial_size(rows, p.padded_dim());
+  }
+  if (threads > 1)
+    std::stable_sort(plan.items.begin(), plan.items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  return plan;
+}
+
+// Metadata comes from a scheduler, so it is checked before it becomes an address.
+template <typename T>
+ffi::Error check(const Problem<T>& p) {
+  const auto wrong = [](const std::string& what) { return ffi::Error::InvalidArgument("paged_attention: " + what); };
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const int64_t begin = p.query_start[r], end = p.query_start[r + 1], context = p.context_len[r];
+    const std::string row = "row " + std::to_string(r);
+    if (begin < 0 || end < begin || end > p.tokens)
+      return wrong(row + " has queries " + std::to_string(begin) + ":" + std::to_string(end) + " of " +
+                   std::to_string(p.tokens) + " tokens; query_start must rise from 0 to at most the number of tokens");
+    if (begin == end) continue;
+    if (context < end - begin || context > p.table_width * p.page_size)
+      return wrong(row + " has context_len " + std::to_string(context) + " with " + std::to_string(end - begin) +
+                   " queries and " + std::to_string(p.table_width) + " blocks of " + std::to_string(p.page_size) +
+                   "; it must count the queries and fit the block table");
+    for (int64_t j = 0; j * p.page_size < context; ++j) {
+      const int32_t block = p.block_table[r * p.table_width + j];
+      if (block < 0 || block >= p.pages)
+        return wrong(row + " names block " + std::to_string(block) + " of a pool of " + std::to_string(p.pages));
+    }
+  }
+  return ffi::Error::Success();
+}
+
+template <typename T>
+void run_item(const Problem<T>& p, const Plan& plan, const Item& item, float* partials, std::atomic<int>& left) {
+  thread_local Scratch scratch;
+  const Tile& tile = plan.tiles[item.tile];
+  const int64_t padded = p.padded_dim(), rows = tile.queries * p.group(), size = partial_size(rows, padded);
+  const int64_t work = Worker<T>::floats(p, int(rows)) + 2 * kLanes;
+  float* memory = scratch.reserve(work + (p.kv_heads + 1) * size);
+  Worker<T> worker(p, tile, scratch, memory);
+  const auto local = [&](int i) { return partial_at(memory + work / kLanes * kLanes + i * size, rows, padded); };
+  const auto shared = [&](int split, int head) {
+    const int64_t index = split * p.kv_heads + head;
+    return partial_at(partials + plan.partials[item.tile] + index * size, rows, padded);
+  };
+  const bool alone = plan.partials[item.tile] < 0;
+  for (int h = item.head; h < item.head + item.heads; ++h) worker.take_queries(h);
+  for (int s = item.split; s < item.split + item.splits; ++s) {
+    worker.locate(s);
+    for (int h = item.head; h < item.head + item.heads; ++h) {
+      const Partial result = !alone ? shared(s, h) : local(s == 0 ? h : int(p.kv_heads));
+      worker.attend(h, s, result);
+      if (alone && s > 0) worker.merge(s, result, local(h));
+    }
+  }
+  if (alone) {
+    for (int h = item.head; h < item.head + item.heads; ++h) worker.finish(h, local(h));
+  } else if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    for (int h = 0; h < p.kv_heads; ++h) {
+      for (int s = 1; s < tile.splits(); ++s) worker.merge(s, shared(s, h), shared(0, h));
+      worker.finish(h, shared(0, h));
+    }
+  }
+}
+
+template <typename T>
+ffi::Error attend_all(const Problem<T>& p, ffi::ThreadPool& pool) {
+  if (ffi::Error error = check(p); error.failure()) return error;
+  const int64_t used = p.rows > 0 ? p.query_start[p.rows] : 0, first = p.rows > 0 ? p.query_start[0] : 0;
+  std::memset(p.out, 0, first * p.heads * p.dim * sizeof(T));
+  std::memset(p.out + used * p.heads * p.dim, 0, (p.tokens - used) * p.heads * p.dim * sizeof(T));
+  // Shared, as are the arrays of each item, with helpers of the pool that start after the last item is done.
+  const Plan plan = make_plan(p, pool.num_threads());
+  if (plan.items.empty()) return ffi::Error::Success();
+  const std::unique_ptr<float[]> partials(new float[plan.partial_floats + 1]);
+  const std::unique_ptr<std::atomic<int>[]> left(new std::atomic<int>[plan.tiles.size()]);
+  for (size_t i = 0; i < plan.tiles.size(); ++i) left[i] = 0;
+  for (const Item& item : plan.items) ++left[item.tile];
+  parallel_for(pool, int(plan.items.size()), [&](int i) {
+    const Item& item = plan.items[i];
+    run_item(p, plan, item, partials.get(), left[item.tile]);
+  });
+  return ffi::Error::Success();
+}
+
+template <typename T>
+ffi::Error attend_typed(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k_cache,
+                        const ffi::AnyBuffer& v_cache, const int32_t* query_start, const int32_t* context_len,
+                        const ffi::Buffer<ffi::S32, 2>& block_table, void* out, float scale) {
+  const auto qs = q.dimensions(), ks = k_cache.dimensions(), bs = block_table.dimensions();
+  return attend_all(
+      Problem<T>{static_cast<const T*>(q.untyped_data()), static_cast<const T*>(k_cache.untyped_data()),
+                 static_cast<const T*>(v_cache.untyped_data()), query_start, context_len, block_table.typed_data(),
+                 static_cast<T*>(out), qs[0], qs[1], ks[2], qs[2], ks[0], ks[1], bs[0], bs[1], scale},
+      pool);
+}
+
+// ---------------------------------------------------------------- handlers
+
+ffi::Error paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache,
+                           ffi::Buffer<ffi::S32, 1> query_start, ffi::Buffer<ffi::S32, 1> context_len,
+                           ffi::Buffer<ffi::S32, 2> block_table, ffi::Result<ffi::AnyBuffer> out, float scale) {
+  const auto run = [&](auto zero) {
+    return attend_typed<decltype(zero)>(pool, q, k_cache, v_cache, query_start.typed_data(), context_len.typed_data(),
+                                        block_table, out->untyped_data(), scale);
+  };
+  if (q.element_type() == ffi::F32) return run(float{});
+  if (q.element_type() == ffi::BF16) return run(BF16{});
+  return ffi::Error::InvalidArgument("paged_attention: the native backend takes float32 and bfloat16");
+}
+
+ffi::Error kv_write(ffi::ThreadPool pool, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache, ffi::AnyBuffer k,
+                    ffi::AnyBuffer v, ffi::Buffer<ffi::S32, 1> kv_slot, ffi::Result<ffi::AnyBuffer> k_out,
+                    ffi::Result<ffi::AnyBuffer> v_out) {
+  const auto shape = k_cache.dimensions();
+  const int64_t slots = shape[0] * shape[1], tokens = kv_slot.element_count();
+  const size_t bytes = slots ? k_cache.size_bytes() / slots : 0;
+  const int32_t* slot = kv_slot.typed_data();
+  const std::pair<const void*, void*> copies[] = {{k.untyped_data(), k_out->untyped_data()},
+                                                  {v.untyped_data(), v_out->untyped_data()}};
+  if (k_out->untyped_data() != k_cache.untyped_data() || v_out->untyped_data() != v_cache.untyped_data())
+    return ffi::Error::Internal("kv_write: XLA did not alias the cache to its result");
+  constexpr int64_t kTokens = 64;  // of one item
+  parallel_for(pool, int((tokens + kTokens - 1) / kTokens), [&](int item) {
+    const int64_t end = std::min<int64_t>(tokens, (item + 1) * kTokens);
+    for (const auto& [from, to] : copies)
+      for (int64_t t = item * kTokens; t < end; ++t)
+        if (slot[t] >= 0 && slot[t] < slots)
+          std::memcpy(static_cast<char*>(to) + slot[t] * bytes, static_cast<const char*>(from) + t * bytes, bytes);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JservePagedAttention, paged_attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32, 1>>()
+                                  .Arg<ffi::Buffer<ffi::S32, 1>>()
+                                  .Arg<ffi::Buffer<ffi::S32, 2>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JserveKvWrite, kv_write,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32, 1>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+#pragma GCC visibility pop

@@ -1,0 +1,172 @@
+"""Block pool, prefix index and KV cache: whatever happens, no leak, no double free, no wrong prefix."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jserve.cache.block_keys import KEY_BYTES, block_key, extend_keys, root_key
+from jserve.cache.block_pool import BlockPool
+from jserve.cache.kv_cache import BlockTable, KVCache
+from jserve.cache.prefix_index import PrefixIndex
+
+ROOT = root_key("model")
+
+
+def test_a_key_depends_on_everything_before_it() -> None:
+    assert len(root_key("m")) == KEY_BYTES == 16
+    roots = {
+        root_key("m"),
+        root_key("n"),
+        root_key("m", "tenant"),
+        root_key("m", "", "adapter"),
+        root_key("mt", "enant"),
+    }
+    assert len(roots) == 5
+    assert block_key(ROOT, [1, 2]) != block_key(ROOT, [2, 1])
+    assert block_key(block_key(ROOT, [1]), [2]) != block_key(block_key(ROOT, [3]), [2])
+
+
+def test_keys_come_for_full_blocks_only_and_grow_with_the_tokens() -> None:
+    keys: list[bytes] = []
+    extend_keys(keys, ROOT, [1, 2, 3, 4, 5], 2)
+    assert len(keys) == 2
+    before = list(keys)
+    extend_keys(keys, ROOT, [1, 2, 3, 4, 5, 6], 2)
+    assert keys[:2] == before
+    assert keys[2] == block_key(before[1], [5, 6])
+
+
+def test_allocate_gives_exactly_what_is_asked_or_changes_nothing() -> None:
+    pool = BlockPool(3, PrefixIndex())
+    assert pool.allocate(4) is None
+    assert pool.num_free == 3
+    blocks = pool.allocate(3)
+    assert blocks is not None
+    assert sorted(blocks) == [0, 1, 2]
+    assert pool.allocate(1) is None
+
+
+def test_the_longest_released_block_is_reclaimed_first() -> None:
+    index = PrefixIndex()
+    pool = BlockPool(3, index)
+    blocks = pool.allocate(3)
+    assert blocks is not None
+    for i, block in enumerate(blocks):
+        index.publish(bytes([i]), block)
+    pool.release([blocks[1]])
+    pool.release([blocks[0]])
+    pool.hold([blocks[1]])  # used again: now it is the younger one
+    pool.release([blocks[1]])
+    assert pool.allocate(1) == [blocks[0]]
+    assert index.match([bytes([0])]) == []
+    assert index.match([bytes([1])]) == [blocks[1]]
+
+
+def test_a_block_that_nobody_holds_cannot_be_released() -> None:
+    pool = BlockPool(2, PrefixIndex())
+    with pytest.raises(ValueError, match="block 1 is released, but nobody holds it"):
+        pool.release([1])
+
+
+def test_admission_counts_found_blocks_that_would_stop_being_free() -> None:
+    cache = KVCache(num_blocks=4, block_size=2)
+    first = BlockTable(ROOT)
+    assert cache.admit(first, [1, 2, 3, 4, 5]) == 0
+    cache.publish(first, [1, 2, 3, 4, 5], 5)
+    cache.release(first)
+    # Two blocks are found and reclaimable: they and two fresh ones make four, so a fifth does not fit.
+    assert cache.admit(BlockTable(ROOT), [1, 2, 3, 4, 5, 6, 7, 8, 9]) is None
+    assert cache.pool.num_free == 4
+    assert cache.admit(BlockTable(ROOT), [1, 2, 3, 4, 5, 6, 7, 8]) == 4
+
+
+def test_the_last_token_of_a_prompt_is_always_computed() -> None:
+    cache = KVCache(num_blocks=8, block_size=2)
+    first = BlockTable(ROOT)
+    cache.admit(first, [1, 2, 3, 4])
+    cache.publish(first, [1, 2, 3, 4], 4)
+    assert cache.admit(BlockTable(ROOT), [1, 2, 3, 4]) == 2
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Sequences come, grow, publish and go, against a model that knows what KV each block holds."""
+
+    @initialize(blocks=st.integers(3, 12), block_size=st.integers(1, 3))
+    def start(self, blocks: int, block_size: int) -> None:
+        self.cache = KVCache(blocks, block_size)
+        self.live: list[tuple[BlockTable, list[int]]] = []
+        self.contents: dict[int, tuple[int, ...]] = {}
+
+    def write(self, table: BlockTable, tokens: list[int], start: int) -> None:
+        """The device: each block now holds the KV of the whole prefix up to its end."""
+        size = self.cache.block_size
+        for i in range(start // size, len(tokens) // size):
+            self.contents[table.blocks[i]] = tuple(tokens[: (i + 1) * size])
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14), spare=st.integers(0, 2))
+    def admit(self, tokens: list[int], spare: int) -> None:
+        table = BlockTable(ROOT)
+        free = self.cache.pool.num_free
+        cached = self.cache.admit(table, tokens, spare)
+        if cached is None:
+            assert self.cache.pool.num_free == free
+            assert table.blocks == []
+            return
+        size = self.cache.block_size
+        assert cached % size == 0
+        assert cached < len(tokens)
+        for i in range(cached // size):
+            assert self.contents[table.blocks[i]] == tuple(tokens[: (i + 1) * size])
+        assert self.cache.pool.num_free >= spare
+        self.write(table, tokens, cached)
+        self.cache.publish(table, tokens, len(tokens))
+        self.live.append((table, tokens))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), token=st.integers(0, 1))
+    def grow(self, data: st.DataObject, token: int) -> None:
+        table, tokens = data.draw(st.sampled_from(self.live))
+        before = list(table.blocks)
+        if self.cache.extend(table, len(tokens) + 1):
+            tokens.append(token)
+            self.write(table, tokens, len(tokens) - 1)
+            self.cache.publish(table, tokens, len(tokens))
+        else:
+            assert table.blocks == before
+            assert self.cache.pool.num_free == 0
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        at = data.draw(st.integers(0, len(self.live) - 1))
+        table, _ = self.live.pop(at)
+        self.cache.release(table)
+
+    @invariant()
+    def every_block_is_accounted_for(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        pool = self.cache.pool
+        held: dict[int, int] = {}
+        for table, _ in self.live:
+            assert len(set(table.blocks)) == len(table.blocks)
+            for block in table.blocks:
+                held[block] = held.get(block, 0) + 1
+        assert {b: pool.ref_count(b) for b in range(pool.num_blocks) if pool.ref_count(b)} == held
+        assert pool.num_free == pool.num_blocks - len(held)
+
+    @invariant()
+    def a_live_sequence_reads_its_own_prefix(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        size = self.cache.block_size
+        for table, tokens in self.live:
+            for i in range(len(tokens) // size):
+                assert self.contents[table.blocks[i]] == tuple(tokens[: (i + 1) * size])
+
+
+CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCacheMachine = CacheMachine.TestCase

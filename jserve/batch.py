@@ -126,17 +126,13 @@ def unpack_head(words: Int32[Array, "words"], rows: int) -> Head:
     return Head(words[:3], words[3 : 3 + rows], words[3 + rows :])
 
 
-def default_token_buckets(token_budget: int, platform: str) -> tuple[int, ...]:
-    """Token counts to compile for. A CPU pads 2 to 15 rows to 16, because there 16 rows cost less than 4."""
-    small = (1, 16) if platform == "cpu" else (1, 2, 4, 8, 16)
-    steps = [24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
-    return tuple(b for b in (*small, *steps) if b < token_budget) + (token_budget,)
+TOKEN_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144)
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def row_buckets(slots: int, platform: str) -> tuple[int, ...]:
-    """Row counts to compile the sampler for."""
-    small = (1, 16) if platform == "cpu" else (1, 2, 4, 8, 16)
-    return tuple(b for b in (*small, 32, 64, 128, 256, 512) if b < slots) + (slots,)
+def buckets_up_to(most: int, buckets: tuple[int, ...]) -> tuple[int, ...]:
+    """The buckets below `most`, and `most` itself."""
+    return (*(b for b in buckets if b < most), most)
 
 
 def bucket_for(size: int, buckets: tuple[int, ...]) -> int:

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int32
 
 from jserve.batch import Limits, forward_sizes, unpack_forward, unpack_head
 from jserve.models.spec import ModelSpec
+from jserve.pallas_kernels.backends import Backend
 from jserve.pallas_kernels.kv_write import kv_write
 from jserve.pallas_kernels.metadata import BatchMetadata
 from jserve.pallas_kernels.paged_attention import paged_attention
@@ -68,7 +69,7 @@ class CompileCounter:
 class Programs:
     """The jitted functions for one model on one mesh. Holds no device memory but the shapes of it."""
 
-    def __init__(self, model: nnx.Module, spec: ModelSpec, mesh: Mesh, limits: Limits, backend: Any) -> None:
+    def __init__(self, model: nnx.Module, spec: ModelSpec, mesh: Mesh, limits: Limits, backend: Backend) -> None:
         self.spec, self.mesh, self.limits, self.backend = spec, mesh, limits, backend
         self._graph, state = nnx.split(model)
         leaves, self._treedef = jax.tree.flatten(state)

@@ -24,3 +24,15 @@ def publish_directory(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def publish_file(target: Path) -> Iterator[Path]:
+    """A path to write to; it becomes `target` at the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield staging / target.name
+        (staging / target.name).replace(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -8,6 +8,7 @@ front-end. A request with n > 1 becomes n engine requests that share the prompt'
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -56,6 +57,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Token ids that end the output, besides the model's own."""
     ignore_eos: bool = False
     """Go on past the model's end-of-sequence tokens."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> SamplingParams:
+        """From keyword arguments, as callers write them: a single stop string will do, and lists for tuples."""
+        unknown = sorted(given.keys() - set(cls.__struct_fields__))
+        if unknown:
+            raise InvalidRequest(f"{unknown[0]!r} is no sampling parameter: use {', '.join(cls.__struct_fields__)}")
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        if isinstance(stop := values.get("stop"), str):
+            values["stop"] = (stop,)
+        return cls(**values)
 
     def check(self, vocab_size: int) -> None:
         """Raise InvalidRequest naming the first field that cannot be served."""

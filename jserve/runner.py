@@ -20,13 +20,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from jserve.batch import Limits, bucket_for, default_token_buckets, pack_forward, pack_head, row_buckets
+from jserve.batch import ROW_BUCKETS, TOKEN_BUCKETS, Limits, bucket_for, buckets_up_to, pack_forward, pack_head
 from jserve.config import EngineConfig, cache_root
 from jserve.doors import StepResult
 from jserve.engine import EngineInfo
 from jserve.errors import ConfigError
 from jserve.models.spec import ModelSpec
-from jserve.pallas_kernels.backend import choose_backend
+from jserve.pallas_kernels.backends import check_supported, choose_backend
 from jserve.programs import CompileCounter, ProgramReport, Programs
 from jserve.progress import Progress, SilentProgress
 from jserve.request import TokenLogprobs
@@ -74,8 +74,9 @@ class Runner:
         self._leaves = jax.tree.leaves(nnx.split(model)[1])
         self.weight_bytes = sum(x.nbytes for x in self._leaves)
         self._backend = choose_backend(config.runner.attention_backend, platform)
-        self._token_buckets = _token_buckets(config, platform)
-        self._row_buckets = row_buckets(config.sched.max_running, platform)
+        check_supported(self._backend, head_dim=spec.head_dim, dtype=self._leaves[0].dtype)
+        self._token_buckets = _token_buckets(config)
+        self._row_buckets = buckets_up_to(config.sched.max_running, ROW_BUCKETS)
         self._compiles = CompileCounter()
 
         max_model_len = min(config.max_model_len or spec.max_position, spec.max_position)
@@ -245,10 +246,10 @@ def set_up_compile_cache(directory: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _token_buckets(config: EngineConfig, platform: str) -> tuple[int, ...]:
+def _token_buckets(config: EngineConfig) -> tuple[int, ...]:
     buckets = config.runner.token_buckets
     if buckets is None:
-        return default_token_buckets(config.sched.token_budget, platform)
+        return buckets_up_to(config.sched.token_budget, TOKEN_BUCKETS)
     if not buckets or sorted(set(buckets)) != list(buckets) or buckets[0] < 1:
         raise ConfigError(f"runner.token_buckets is {buckets}: give token counts in rising order")
     if buckets[-1] < config.sched.token_budget:

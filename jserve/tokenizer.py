@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self.backend.get_vocab_size())
+
+    @cached_property
+    def longest_token_chars(self) -> int:
+        """No text of n tokens has more than n times as many characters."""
+        return max(map(len, self.backend.get_vocab()), default=1)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the model puts around one (such as BOS)."""

@@ -224,7 +224,7 @@ inline int64_t partial_size(int64_t rows, int64_t padded_dim) {
 struct Scratch {
   std::unique_ptr<float[]> memory;
   int64_t size = 0;
-  int64_t offsets[kSplit];
+  int64_t offsets[kSplit + kBlock];  // of a split's tokens, and of those after it that are worth fetching ahead
   int64_t padded_offsets[kBlock];
 
   float* reserve(int64_t floats) {
@@ -349,7 +349,7 @@ struct Worker {
   float *keys_t, *padded_values, *scores, *shrink, *lane_sums, *queries;
 
   static int64_t floats(const Problem<T>& p, int rows) {
-    return kBlock * (p.dim + p.padded_dim()) + rows * (kBlock + 2 * kLanes + p.kv_heads * p.dim);
+    return kBlock * (p.dim + p.padded_dim()) + rows * (kBlock + p.kv_heads * (kLanes + p.dim)) + rows + kLanes;
   }
 
   Worker(const Problem<T>& p, const Tile& tile, Scratch& scratch, float* memory)
@@ -359,8 +359,8 @@ struct Worker {
     padded_values = keys_t + kBlock * dim;
     scores = padded_values + kBlock * padded;
     lane_sums = scores + rows * kBlock;
-    shrink = lane_sums + rows * kLanes;
-    queries = shrink + (rows + kLanes - 1) / kLanes * kLanes;
+    queries = lane_sums + p.kv_heads * rows * kLanes;
+    shrink = queries + p.kv_heads * rows * dim;
     for (int t = 0; t < kBlock; ++t) scratch.padded_offsets[t] = t * padded;
   }
 
@@ -376,7 +376,7 @@ struct Worker {
 
   void locate(int split) {
     const int32_t* table = p.block_table + tile.row * p.table_width;
-    const int64_t begin = int64_t{split} * kSplit, end = std::min<int64_t>(begin + kSplit, tile.end());
+    const int64_t begin = int64_t{split} * kSplit, end = std::min<int64_t>(begin + kSplit + kBlock, tile.end());
     int64_t page = begin / p.page_size, slot = begin % p.page_size;
     for (int64_t t = begin; t < end; ++t) {
       scratch.offsets[t - begin] = (int64_t{table[page]} * p.page_size + slot) * p.stride();
@@ -384,25 +384,40 @@ struct Worker {
     }
   }
 
-  // After locate(split): that split's partial result for the rows that see it.
-  void attend(int head, int split, Partial result) {
+  // The partial results of a split, result(head), for the rows that see it. Heads take turns at each block, so that
+  // memory is read in the order in which it lies.
+  template <typename Result>
+  void attend(int split, int first_head, int last_head, Result result) {
     const int64_t begin = int64_t{split} * kSplit, end = std::min<int64_t>(begin + kSplit, tile.end());
+    locate(split);
     for (int64_t at = begin; at < end; at += kBlock) {
-      const int64_t* offsets = scratch.offsets + (at - begin);
       const int n = int(std::min<int64_t>(kBlock, end - at));
-      attend_block(head, at, at == begin, offsets, n, result);
+      const int ahead = int(std::clamp<int64_t>(tile.end() - at - kBlock, 0, kBlock));
+      for (int h = first_head; h < last_head; ++h)
+        attend_block(h, at, at == begin, scratch.offsets + (at - begin), n, ahead, result(h));
     }
-    for (int m = tile.first_query(begin) * group; m < rows; ++m) result.sum[m] = sum_lanes(load(lane_sums + m * kLanes));
+    for (int h = first_head; h < last_head; ++h)
+      for (int m = tile.first_query(begin) * group; m < rows; ++m)
+        result(h).sum[m] = sum_lanes(load(lane_sums + (int64_t{h} * rows + m) * kLanes));
   }
 
-  void attend_block(int head, int64_t at, bool first, const int64_t* offsets, int n, Partial result) {
+  static void fetch(const T* base, const int64_t* offsets, int n, int64_t dim) {
+    for (int t = 0; t < n; ++t)
+      for (int64_t d = 0; d < dim; d += 64 / int64_t{sizeof(T)}) __builtin_prefetch(base + offsets[t] + d, 0, 2);
+  }
+
+  // Tokens offsets[0 : n], at positions `at` and up; the `ahead` tokens after a whole block are fetched meanwhile.
+  void attend_block(int head, int64_t at, bool first, const int64_t* offsets, int n, int ahead, Partial result) {
     const float* q = queries + int64_t{head} * rows * dim;
+    float* sums = lane_sums + int64_t{head} * rows * kLanes;
     const int begin = tile.first_query(at) * group;
     const auto visible = [&](int m) { return int(std::min<int64_t>(n, tile.position + m / group + 1 - at)); };
     pack_keys(p.keys + head * dim, offsets, n, dim, keys_t);
+    fetch(p.keys + head * dim, offsets + kBlock, ahead, dim);
     by_rows(begin, rows, [&](int m, auto r) { score<r.value>(q + m * dim, dim, keys_t, n, scores + m * kBlock); });
     for (int m = begin; m < rows; ++m)
-      shrink[m] = soften(scores + m * kBlock, visible(m), first, result.max + m, lane_sums + m * kLanes);
+      shrink[m] = soften(scores + m * kBlock, visible(m), first, result.max + m, sums + m * kLanes);
+    fetch(p.values + head * dim, offsets + kBlock, ahead, dim);
     if (padded == dim) {
       weigh(p.values + head * dim, offsets, begin, first, visible, result);
     } else {
@@ -590,7 +605,7 @@ void run_item(const Problem<T>& p, const Plan& plan, const Item& item, float* pa
   const Tile& tile = plan.tiles[item.tile];
   const int64_t padded = p.padded_dim(), rows = tile.queries * p.group(), size = partial_size(rows, padded);
   const int64_t work = Worker<T>::floats(p, int(rows)) + 2 * kLanes;
-  float* memory = scratch.reserve(work + (p.kv_heads + 1) * size);
+  float* memory = scratch.reserve(work + 2 * p.kv_heads * size);
   Worker<T> worker(p, tile, scratch, memory);
   const auto local = [&](int i) { return partial_at(memory + work / kLanes * kLanes + i * size, rows, padded); };
   const auto shared = [&](int split, int head) {
@@ -600,12 +615,11 @@ void run_item(const Problem<T>& p, const Plan& plan, const Item& item, float* pa
   const bool alone = plan.partials[item.tile] < 0;
   for (int h = item.head; h < item.head + item.heads; ++h) worker.take_queries(h);
   for (int s = item.split; s < item.split + item.splits; ++s) {
-    worker.locate(s);
-    for (int h = item.head; h < item.head + item.heads; ++h) {
-      const Partial result = !alone ? shared(s, h) : local(s == 0 ? h : int(p.kv_heads));
-      worker.attend(h, s, result);
-      if (alone && s > 0) worker.merge(s, result, local(h));
-    }
+    worker.attend(s, item.head, item.head + item.heads, [&](int h) {
+      return alone ? local(s == 0 ? h : int(p.kv_heads) + h) : shared(s, h);
+    });
+    if (alone && s > 0)
+      for (int h = item.head; h < item.head + item.heads; ++h) worker.merge(s, local(int(p.kv_heads) + h), local(h));
   }
   if (alone) {
     for (int h = item.head; h < item.head + item.heads; ++h) worker.finish(h, local(h));
@@ -640,7 +654,7 @@ ffi::Error attend_all(const Problem<T>& p, ffi::ThreadPool& pool) {
 template <typename T>
 ffi::Error attend_typed(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k_cache,
                         const ffi::AnyBuffer& v_cache, const int32_t* query_start, const int32_t* context_len,
-                        const ffi::Buffer<ffi::S32, 2>& block_table, void* out, float scale) {
+                        const ffi::BufferR2<ffi::S32>& block_table, void* out, float scale) {
   const auto qs = q.dimensions(), ks = k_cache.dimensions(), bs = block_table.dimensions();
   return attend_all(
       Problem<T>{static_cast<const T*>(q.untyped_data()), static_cast<const T*>(k_cache.untyped_data()),
@@ -652,8 +666,8 @@ ffi::Error attend_typed(ffi::ThreadPool& pool, const ffi::AnyBuffer& q, const ff
 // ---------------------------------------------------------------- handlers
 
 ffi::Error paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache,
-                           ffi::Buffer<ffi::S32, 1> query_start, ffi::Buffer<ffi::S32, 1> context_len,
-                           ffi::Buffer<ffi::S32, 2> block_table, ffi::Result<ffi::AnyBuffer> out, float scale) {
+                           ffi::BufferR1<ffi::S32> query_start, ffi::BufferR1<ffi::S32> context_len,
+                           ffi::BufferR2<ffi::S32> block_table, ffi::Result<ffi::AnyBuffer> out, float scale) {
   const auto run = [&](auto zero) {
     return attend_typed<decltype(zero)>(pool, q, k_cache, v_cache, query_start.typed_data(), context_len.typed_data(),
                                         block_table, out->untyped_data(), scale);
@@ -664,7 +678,7 @@ ffi::Error paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffe
 }
 
 ffi::Error kv_write(ffi::ThreadPool pool, ffi::AnyBuffer k_cache, ffi::AnyBuffer v_cache, ffi::AnyBuffer k,
-                    ffi::AnyBuffer v, ffi::Buffer<ffi::S32, 1> kv_slot, ffi::Result<ffi::AnyBuffer> k_out,
+                    ffi::AnyBuffer v, ffi::BufferR1<ffi::S32> kv_slot, ffi::Result<ffi::AnyBuffer> k_out,
                     ffi::Result<ffi::AnyBuffer> v_out) {
   const auto shape = k_cache.dimensions();
   const int64_t slots = shape[0] * shape[1], tokens = kv_slot.element_count();
@@ -694,9 +708,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JservePagedAttention, paged_attention,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32, 1>>()
-                                  .Arg<ffi::Buffer<ffi::S32, 1>>()
-                                  .Arg<ffi::Buffer<ffi::S32, 2>>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Arg<ffi::BufferR2<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("scale"));
 
@@ -707,7 +721,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JserveKvWrite, kv_write,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32, 1>>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 #pragma GCC visibility pop

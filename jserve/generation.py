@@ -1,0 +1,217 @@
+"""From a user's request to engine requests, and from engine outputs to text: written once for every door.
+
+`Intake` makes prompts. A `Generation` is one request on its way: it asks an `EnginePort` for its n continuations and
+turns their outputs into `Chunk`s. Pure but for the port; the gRPC servicer drives it from asyncio, `LLM` from a thread.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from jserve import errors
+from jserve.chat_template import Message
+from jserve.detokenizer import Detokenizer, StopStrings
+from jserve.errors import InvalidRequest, JserveError, Unavailable
+from jserve.request import EngineOutput, EngineRequest, SamplingParams
+from jserve.result import Chunk, Usage
+from jserve.tokenizer import Tokenizer
+
+Deliver = Callable[[EngineOutput], None]
+
+
+class EnginePort(Protocol):
+    """The engine as front-ends see it. Neither call waits; a refusal comes back as an output with an error."""
+
+    def add(self, request: EngineRequest, deliver: Deliver) -> None:
+        """Queue a request; every output of it goes to `deliver`, until its last."""
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free what it holds. Nothing more is delivered."""
+
+
+class Intake:
+    """Makes prompts for one model, refusing what can never be served before it costs anything."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int) -> None:
+        self.tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_chars = max_model_len * tokenizer.longest_token_chars
+
+    def of_text(self, text: str) -> list[int]:
+        self._check_chars(len(text))
+        token_ids = self.tokenizer.encode(text) if text else []
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty: give at least one token of text")
+        return token_ids
+
+    def of_messages(self, messages: Sequence[Message]) -> list[int]:
+        self._check_chars(sum(len(message.get("content") or "") for message in messages))
+        return self.tokenizer.encode_chat(messages)
+
+    def generation(
+        self, port: EnginePort, deliver: Deliver, prompt: list[int], sampling: SamplingParams, cache_salt: str = ""
+    ) -> Generation:
+        """Checked, and not yet started. Lengths and token ids are checked by the engine, which knows its limits."""
+        sampling.check(self._vocab_size)
+        return Generation(port, deliver, self.tokenizer, prompt, sampling, cache_salt)
+
+    def _check_chars(self, chars: int) -> None:
+        if chars > self._max_chars:
+            raise InvalidRequest(
+                f"the prompt has {chars} characters, more than the {self._max_chars} that could ever fit the context: "
+                "shorten it"
+            )
+
+
+class Generation:
+    """n continuations of one prompt, from start to the last chunk.
+
+    The first continuation starts alone; the others start with its first token, so that they find the KV of the prompt
+    in the prefix index instead of computing it again.
+    """
+
+    def __init__(
+        self,
+        port: EnginePort,
+        deliver: Deliver,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        sampling: SamplingParams,
+        cache_salt: str,
+    ) -> None:
+        self._port = port
+        self._deliver = deliver
+        self._prompt_tokens = len(prompt)
+        self._cached_tokens = 0
+        requests = _engine_requests(prompt, sampling, cache_salt, tokenizer.eos_token_ids)
+        self._continuations = {
+            request.request_id: _Continuation(index, request, sampling, tokenizer)
+            for index, request in enumerate(requests)
+        }
+        self._not_started = list(self._continuations.values())
+
+    def start(self) -> None:
+        self._add(self._not_started.pop(0))
+
+    @property
+    def done(self) -> bool:
+        return all(continuation.done for continuation in self._continuations.values())
+
+    @property
+    def usage(self) -> Usage:
+        output_tokens = sum(continuation.output_tokens for continuation in self._continuations.values())
+        return Usage(self._prompt_tokens, self._cached_tokens, output_tokens)
+
+    def feed(self, outputs: Iterable[EngineOutput]) -> list[Chunk]:
+        """What these outputs mean, at most one chunk a continuation. Raises the error that one of them carries."""
+        chunks: dict[int, Chunk] = {}
+        for output in outputs:
+            continuation = self._continuations[output.request_id]
+            if continuation.done:  # the engine was ahead of our abort
+                continue
+            _raise_if_failed(output)
+            self._begin(continuation, output)
+            chunk = chunks.setdefault(continuation.index, Chunk(continuation.index))
+            if continuation.feed(output, chunk):
+                self._port.abort(output.request_id)
+        return list(chunks.values())
+
+    def close(self) -> None:
+        """Free whatever is still running. Harmless at the end."""
+        for request_id, continuation in self._continuations.items():
+            if not continuation.done and continuation not in self._not_started:
+                self._port.abort(request_id)
+            continuation.done = True
+
+    def _begin(self, continuation: _Continuation, output: EngineOutput) -> None:
+        if continuation.index == 0:
+            self._cached_tokens = output.cached_tokens
+        for waiting in self._not_started:
+            self._add(waiting)
+        self._not_started = []
+
+    def _add(self, continuation: _Continuation) -> None:
+        self._port.add(continuation.request, self._deliver)
+
+
+class _Continuation:
+    """One engine request and the text that comes of it."""
+
+    def __init__(self, index: int, request: EngineRequest, sampling: SamplingParams, tokenizer: Tokenizer) -> None:
+        self.index = index
+        self.request = request
+        self.output_tokens = 0
+        self.done = False
+        self._sampling = sampling
+        self._detokenizer = Detokenizer(tokenizer.decode, request.token_ids)
+        self._stops = StopStrings(sampling.stop)
+
+    def feed(self, output: EngineOutput, chunk: Chunk) -> bool:
+        """Add an output to a chunk. True if the text has ended before the engine knows: abort it."""
+        ended = output.finish_reason is not None
+        for i, token in enumerate(output.token_ids):
+            self.output_tokens += 1
+            chunk.token_ids.append(token)
+            if output.logprobs:
+                chunk.logprobs.append(output.logprobs[i])
+            last = ended and i == len(output.token_ids) - 1
+            if last and output.finish_reason == "stop" and token in self.request.stop_token_ids:
+                chunk.stopped_by = token if token in self._sampling.stop_token_ids else None
+            elif self._say(self._detokenizer.push([token]), chunk):
+                return not last
+        if ended:
+            self._finish(output, chunk)
+        return False
+
+    def _say(self, text: str, chunk: Chunk) -> bool:
+        """Add text to the chunk. True if it holds a stop string: then all is said."""
+        if self.output_tokens < self._sampling.min_tokens:
+            chunk.text += text
+            return False
+        said, stop = self._stops.push(text)
+        chunk.text += said
+        if stop is not None:
+            chunk.stopped_by, chunk.finish_reason, self.done = stop, "stop", True
+        return self.done
+
+    def _finish(self, output: EngineOutput, chunk: Chunk) -> None:
+        if not self._say(self._detokenizer.flush(), chunk):
+            chunk.text += self._stops.flush()
+            chunk.finish_reason = output.finish_reason
+            self.done = True
+
+
+def _engine_requests(
+    prompt: list[int], sampling: SamplingParams, cache_salt: str, eos_token_ids: Sequence[int]
+) -> list[EngineRequest]:
+    """One for each continuation: the same prompt, and a seed of its own."""
+    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+    ends = sorted({*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)})
+    name = uuid.uuid4().hex
+    return [
+        EngineRequest(
+            request_id=f"{name}-{index}",
+            token_ids=prompt,
+            sampling=msgspec.structs.replace(sampling, n=1, seed=_wrap_int64(seed + index), stop=()),
+            stop_token_ids=ends,
+            cache_salt=cache_salt,
+        )
+        for index in range(sampling.n)
+    ]
+
+
+def _wrap_int64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _raise_if_failed(output: EngineOutput) -> None:
+    if output.finish_reason == "abort":
+        raise Unavailable("the engine ended the request: the server is shutting down")
+    if output.finish_reason == "error":
+        kind = getattr(errors, output.error_kind or "", JserveError)
+        raise kind(output.error or "the engine gave no reason")

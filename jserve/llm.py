@@ -1,0 +1,206 @@
+"""`LLM`: the same engine as the server's, in this process, for notebooks and scripts.
+
+The engine runs on a thread of its own; calls from any thread queue up there and are batched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from jserve.chat_template import Message
+from jserve.engine_loop import Abort, Add, AskStats, Command, EngineLoop, Event, Outputs, Stop, TellStats, failure
+from jserve.errors import Unavailable
+from jserve.generation import Deliver, Generation, Intake
+from jserve.progress import Progress, SilentProgress
+from jserve.pull import resolve_model
+from jserve.request import EngineOutput, EngineRequest, SamplingParams
+from jserve.result import Chunk, Result, ResultStream, Usage
+from jserve.settings import engine_config
+from jserve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jserve.engine import Engine, EngineInfo
+
+
+class LLM:
+    """A model ready to talk.
+
+    Settings are those of `jserve.config.EngineConfig`, by the name of the leaf: `LLM(max_model_len=2048, tp=2)`.
+    Sampling parameters are the fields of `SamplingParams`, by name; without any, decoding is greedy.
+    """
+
+    def __init__(self, model: str | None = None, *, progress: Progress | None = None, **settings: Any) -> None:
+        from jserve.engine import Engine
+
+        config = engine_config(model=model, **settings)
+        progress = progress or SilentProgress()
+        path = resolve_model(model, progress)
+        tokenizer = Tokenizer.load(path)
+        self._attach(Engine.from_config(engine_config(model=str(path), **settings), progress), tokenizer)
+        self.config = config
+
+    @classmethod
+    def from_engine(cls, engine: Engine, tokenizer: Tokenizer) -> LLM:
+        """Over an engine that is already there; it belongs to the LLM from now on."""
+        llm = cls.__new__(cls)
+        llm.config = engine.config
+        llm._attach(engine, tokenizer)
+        return llm
+
+    def _attach(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self._thread = _EngineThread(engine)
+        self.info: EngineInfo = engine.info
+        self._intake = Intake(tokenizer, self.info.vocab_size, self.info.max_model_len)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._intake.tokenizer
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[True], cache_salt: str = "", **sampling: Any
+    ) -> ResultStream: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[False] = False, cache_salt: str = "", **sampling: Any
+    ) -> Result: ...
+
+    def chat(
+        self, messages: Sequence[Message], *, stream: bool = False, cache_salt: str = "", **sampling: Any
+    ) -> Result | ResultStream:
+        """The assistant's next message."""
+        return self._run(self._intake.of_messages(messages), stream, cache_salt, sampling)
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: Literal[True], cache_salt: str = "", **sampling: Any
+    ) -> ResultStream: ...
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, cache_salt: str = "", **sampling: Any
+    ) -> Result: ...
+
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: bool = False, cache_salt: str = "", **sampling: Any
+    ) -> Result | ResultStream:
+        """What follows a text, or token ids."""
+        token_ids = self._intake.of_text(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._run(token_ids, stream, cache_salt, sampling)
+
+    def stats(self) -> dict[str, float]:
+        """The engine's counters, by the names of EngineStats."""
+        return self._thread.stats()
+
+    def close(self) -> None:
+        """Cancel what runs and give the device back."""
+        self._thread.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, prompt: list[int], stream: bool, cache_salt: str, sampling: dict[str, Any]) -> Result | ResultStream:
+        outputs: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
+        params = SamplingParams.of(sampling)
+        generation = self._intake.generation(self._thread, outputs.put, prompt, params, cache_salt)
+        generation.start()
+        events = _events(generation, outputs)
+        answer = ResultStream(events, generation.close)
+        if stream:
+            return answer
+        with answer:  # an interrupt cancels it
+            return answer.result()
+
+
+def _events(generation: Generation, outputs: queue.SimpleQueue[EngineOutput]) -> Iterator[Chunk | Usage]:
+    try:
+        while not generation.done:
+            news = [outputs.get()]
+            while not outputs.empty():
+                news.append(outputs.get())
+            yield from generation.feed(news)
+        yield generation.usage
+    finally:
+        generation.close()
+
+
+class _EngineThread:
+    """An `EnginePort`: runs the engine's loop on a thread of its own, which hands out the outputs."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._open: dict[str, Deliver] = {}
+        self._stats: dict[int, Future[dict[str, float]]] = {}
+        self._tickets = itertools.count()
+        self._end: Unavailable | None = None
+        self._thread = threading.Thread(target=self._run, name="jserve-engine", daemon=True)
+        self._thread.start()
+
+    def add(self, request: EngineRequest, deliver: Deliver) -> None:
+        self._open[request.request_id] = deliver
+        self._commands.put(Add(request))
+        self._release_if_ended()
+
+    def abort(self, request_id: str) -> None:
+        if self._open.pop(request_id, None) is not None:
+            self._commands.put(Abort(request_id))
+
+    def stats(self) -> dict[str, float]:
+        ticket = next(self._tickets)
+        answer = self._stats[ticket] = Future()
+        self._commands.put(AskStats(ticket))
+        self._release_if_ended()
+        return answer.result()
+
+    def close(self) -> None:
+        self._commands.put(Stop())
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            EngineLoop(self._engine, self._receive, self._send).run()
+            self._end = Unavailable("this LLM is closed: make another one")
+        except Exception as error:  # a defect, or a device that is gone: whoever waits must hear of it
+            self._end = Unavailable(f"the engine failed: {type(error).__name__}: {error}")
+        self._release_if_ended()
+
+    def _receive(self, block: bool) -> Iterable[Command]:
+        if block:
+            yield self._commands.get()
+        while not self._commands.empty():
+            yield self._commands.get()
+
+    def _send(self, event: Event) -> None:
+        match event:
+            case Outputs(outputs):
+                for output in outputs:
+                    ended = output.finish_reason is not None
+                    deliver = self._open.pop(output.request_id, None) if ended else self._open.get(output.request_id)
+                    if deliver is not None:
+                        deliver(output)
+            case TellStats(ticket, stats):
+                self._stats.pop(ticket).set_result(stats)
+
+    def _release_if_ended(self) -> None:
+        """After the end nobody may wait for it, not even who came just then."""
+        if self._end is None:
+            return
+        for request_id in list(self._open):
+            if (deliver := self._open.pop(request_id, None)) is not None:
+                deliver(failure(request_id, self._end))
+        for ticket in list(self._stats):
+            if (answer := self._stats.pop(ticket, None)) is not None:
+                answer.set_exception(self._end)

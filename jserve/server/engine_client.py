@@ -1,0 +1,169 @@
+"""The front-end's end of the engine process: starts it, feeds it, hands out its outputs, notices its death.
+
+Lives on the front-end's event loop. When the engine dies, every request under way gets an error as its last output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import shutil
+import sys
+import tempfile
+
+import zmq
+import zmq.asyncio
+
+from jserve import errors
+from jserve.config import EngineConfig
+from jserve.engine_loop import Abort, Add, AskStats, Command, Outputs, Stop, TellStats, failure
+from jserve.errors import JserveError, Unavailable
+from jserve.generation import Deliver
+from jserve.request import EngineRequest
+from jserve.server import wire
+from jserve.server.wire import EngineInfo, Failed, Ready
+
+REAL_ENGINE = "jserve.engine:Engine.from_config"
+_LAST_WORDS_S = 0.5
+
+
+class EngineClient:
+    """An `EnginePort` to another process."""
+
+    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, folder: str) -> None:
+        self._process = process
+        self._socket = socket
+        self._folder = folder
+        self._sender: zmq.Socket[bytes] = zmq.Socket.shadow(socket)  # sends at once: there is no high-water mark
+        self._open: dict[str, Deliver] = {}
+        self._stats: dict[int, asyncio.Future[dict[str, float]]] = {}
+        self._tickets = itertools.count()
+        loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[EngineInfo] = loop.create_future()
+        self.death: asyncio.Future[JserveError] = loop.create_future()
+        """Done when the engine process has ended, with why."""
+        self._last_words: JserveError | None = None
+        self._stopping = False
+        self._tasks = [loop.create_task(self._listen()), loop.create_task(self._watch())]
+
+    @classmethod
+    async def start(cls, config: EngineConfig, engine: str = REAL_ENGINE) -> EngineClient:
+        """Start the process; `ready()` waits for it."""
+        folder = tempfile.mkdtemp(prefix="jserve-")
+        socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        socket.set_hwm(0)
+        socket.linger = 0
+        socket.bind(address := f"ipc://{folder}/engine")
+        command = [sys.executable, "-m", "jserve.server.engine_process", address, wire.config_to_json(config), engine]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=sys.stderr,
+            start_new_session=True,  # a Ctrl-C in the terminal is for the front-end, which drains first
+        )
+        return cls(process, socket, folder)
+
+    async def ready(self) -> EngineInfo:
+        """Once the engine is loaded and warm. Raises what made it fail."""
+        return await asyncio.shield(self._ready)
+
+    # --- EnginePort -------------------------------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest, deliver: Deliver) -> None:
+        if self.death.done():
+            deliver(failure(request.request_id, self.death.result()))
+            return
+        self._open[request.request_id] = deliver
+        self._tell(Add(request))
+
+    def abort(self, request_id: str) -> None:
+        if self._open.pop(request_id, None) is not None:
+            self._tell(Abort(request_id))
+
+    @property
+    def num_open(self) -> int:
+        """Requests that the engine has not finished."""
+        return len(self._open)
+
+    # --- the rest ---------------------------------------------------------------------------------------------------
+
+    async def stats(self) -> dict[str, float]:
+        """The engine's EngineStats, after the step that it is in."""
+        if self.death.done():
+            raise self.death.result()
+        ticket = next(self._tickets)
+        self._stats[ticket] = asyncio.get_running_loop().create_future()
+        self._tell(AskStats(ticket))
+        try:
+            return await self._stats[ticket]
+        finally:
+            del self._stats[ticket]
+
+    def cancel_all(self, error: JserveError) -> None:
+        """End every request with an error: here for their callers, there for the engine."""
+        for request_id, deliver in list(self._open.items()):
+            self.abort(request_id)
+            deliver(failure(request_id, error))
+
+    async def stop(self, patience_s: float = 5.0) -> None:
+        """End the process, by force if it does not listen."""
+        self._stopping = True
+        if self._process.returncode is None:
+            if self._ready.done():
+                self._tell(Stop())
+            else:
+                self._process.kill()  # still loading: it holds nothing yet
+            try:
+                await asyncio.wait_for(self._process.wait(), patience_s)
+            except TimeoutError:
+                self._process.kill()
+        await self.death
+        for task in self._tasks:
+            task.cancel()
+        self._socket.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _tell(self, command: Command) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # dying: `_watch` tells the callers
+            self._sender.send(wire.encode(command), zmq.NOBLOCK)
+
+    async def _listen(self) -> None:
+        while True:
+            match wire.decode_event(await self._socket.recv()):
+                case Outputs(outputs):
+                    for output in outputs:
+                        if (deliver := self._open.get(output.request_id)) is None:
+                            continue  # aborted meanwhile
+                        if output.finish_reason is not None:
+                            del self._open[output.request_id]
+                        deliver(output)
+                case TellStats(ticket, stats):
+                    if ticket in self._stats:
+                        self._stats[ticket].set_result(stats)
+                case Ready(info):
+                    self._ready.set_result(info)
+                case Failed(kind, message):
+                    self._last_words = getattr(errors, kind, Unavailable)(message)
+
+    async def _watch(self) -> None:
+        code = await self._process.wait()
+        if code != 0 and not self._stopping:
+            await asyncio.sleep(_LAST_WORDS_S)  # its last message may still be on its way
+        error = self._last_words or Unavailable(f"the engine process {_how_it_ended(code)}")
+        self.death.set_result(error)
+        if not self._ready.done():
+            self._ready.set_exception(error)
+            self._ready.exception()  # asked for, so that asyncio does not complain where nobody waits
+        for future in self._stats.values():
+            if not future.done():
+                future.set_exception(error)
+        open_, self._open = self._open, {}
+        for request_id, deliver in open_.items():
+            deliver(failure(request_id, error if isinstance(error, Unavailable) else Unavailable(str(error))))
+
+
+def _how_it_ended(code: int) -> str:
+    if code == -9:
+        return "was killed by signal 9 (out of memory, perhaps: lower --device-blocks or --memory-fraction)"
+    return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"

@@ -1,0 +1,83 @@
+"""The engine process: `python -m jserve.server.engine_process ADDRESS CONFIG ENGINE`, started by the front-end.
+
+It owns the engine and nothing else: token ids in, token ids out. It lives no longer than the process that started it,
+which holds the other end of its standard input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from jserve.config import EngineConfig
+from jserve.console import RichProgress
+from jserve.engine_loop import Command, EngineLoop, Event
+from jserve.errors import JserveError
+from jserve.server import wire
+
+if TYPE_CHECKING:
+    from jserve.engine import Engine
+    from jserve.progress import Progress
+
+EngineMaker = Callable[[EngineConfig, "Progress"], "Engine"]
+
+
+def main(address: str, config: str, engine: str) -> int:
+    threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.set_hwm(0)  # the front-end bounds what is under way; here nothing may be dropped or wait
+        socket.connect(address)
+        try:
+            made = _maker(engine)(wire.config_from_json(config), RichProgress())
+            info = msgspec.convert(made.info, wire.EngineInfo, from_attributes=True)
+            socket.send(wire.encode(wire.Ready(info)))
+            EngineLoop(made, lambda block: _receive(socket, block), lambda event: _send(socket, event)).run()
+        except JserveError as error:
+            socket.send(wire.encode(wire.Failed(type(error).__name__, str(error))))
+            return 1
+        except Exception as error:
+            traceback.print_exc()  # a defect of ours: whoever runs the server can report it
+            socket.send(wire.encode(wire.Failed("Unavailable", f"the engine failed: {type(error).__name__}: {error}")))
+            return 1
+    return 0
+
+
+def _maker(name: str) -> EngineMaker:
+    """`module:attribute.attribute`, so that tests can serve a simulated engine."""
+    module, _, path = name.partition(":")
+    found = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found  # type: ignore[return-value]
+
+
+def _receive(socket: zmq.Socket[bytes], block: bool) -> Iterator[Command]:
+    if block:
+        yield wire.decode_command(socket.recv())
+    while True:
+        try:
+            yield wire.decode_command(socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return
+
+
+def _send(socket: zmq.Socket[bytes], event: Event) -> None:
+    socket.send(wire.encode(event))
+
+
+def _die_with_parent() -> None:
+    """The read ends when the parent does, however it does: no orphan keeps the device."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:4]))

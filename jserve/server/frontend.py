@@ -1,0 +1,165 @@
+"""The front-end process: gRPC, health, reflection, tokenizer. It starts and watches the engine process.
+
+Its life: bind the port, load the model (health says NOT_SERVING), serve, drain on SIGTERM or SIGINT, end.
+JAX is never imported here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from jserve.config import EngineConfig, ServerConfig, describe
+from jserve.console import RichProgress
+from jserve.errors import ConfigError, Unavailable
+from jserve.generation import Intake
+from jserve.pull import resolve_model
+from jserve.server.engine_client import REAL_ENGINE, EngineClient
+from jserve.server.proto.jserve.v1 import jserve_pb2 as pb
+from jserve.server.proto.jserve.v1 import jserve_pb2_grpc as pb_grpc
+from jserve.server.servicer import JserveServicer, RefuseMalformed, Serving
+from jserve.tokenizer import Tokenizer
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["Jserve"].full_name
+_REFLECTED = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 30_000),  # a client that vanished without a word is noticed
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),  # clients that ping during a long decode are welcome
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+
+
+def serve(config: EngineConfig, server: ServerConfig, engine: str = REAL_ENGINE) -> int:
+    """Serve until told to stop, then return 0. Raises the JserveError that kept or stopped it from serving."""
+    return asyncio.run(FrontEnd(config, server, engine).run())
+
+
+class FrontEnd:
+    """One server's life."""
+
+    def __init__(self, config: EngineConfig, server: ServerConfig, engine: str) -> None:
+        self._config = config
+        self._server_config = server
+        self._engine_maker = engine
+        self._servicer = JserveServicer()
+        self._health = health.aio.HealthServicer()
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    async def run(self) -> int:
+        start_s = time.perf_counter()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._told_to_stop)
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        grpc_server, port = self._bind()
+        await grpc_server.start()
+        engine: EngineClient | None = None
+        try:
+            progress = RichProgress()
+            for line in [*describe(self._server_config, "server."), *describe(self._config)]:
+                progress.note(f"  {line}")
+            path = await asyncio.to_thread(resolve_model, self._config.model, progress)
+            engine = await EngineClient.start(dataclasses.replace(self._config, model=str(path)), self._engine_maker)
+            if await self._load(engine, path):
+                await self._say(health_pb2.HealthCheckResponse.SERVING)
+                took_s = time.perf_counter() - start_s
+                print(f"jserve: ready on {self._server_config.host}:{port} ({took_s:.1f} s)", flush=True)
+                await self._until_told(engine)
+            return 0
+        finally:
+            await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+            if engine is not None:
+                await engine.stop()
+            await grpc_server.stop(grace=1.0)
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    def _bind(self) -> tuple[grpc.aio.Server, int]:
+        """Before anything slow: a port in use is told at once."""
+        server = grpc.aio.server(interceptors=(RefuseMalformed(),), options=_OPTIONS)
+        pb_grpc.add_JserveServicer_to_server(self._servicer, server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(_REFLECTED, server)
+        host, port = self._server_config.host, self._server_config.port
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            bound = server.add_insecure_port(address)
+        except RuntimeError:
+            bound = 0
+        if bound == 0:
+            raise ConfigError(f"cannot listen on {address}: the port is in use, or the host is not this machine's; "
+                              "choose another --port (0 takes a free one) or --host")  # fmt: skip
+        return server, bound
+
+    async def _load(self, engine: EngineClient, path: Path) -> bool:
+        """Tokenizer here while the engine loads there. False if told to stop meanwhile."""
+        loading = asyncio.gather(engine.ready(), asyncio.to_thread(Tokenizer.load, path))
+        stopped = asyncio.ensure_future(self._stop.wait())
+        both: list[asyncio.Future[Any]] = [loading, stopped]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not loading.done():
+            loading.cancel()
+            return False
+        info, tokenizer = loading.result()
+        names = {info.model, *([self._config.model] if self._config.model else [])}
+        sched = self._config.sched
+        self._servicer.serving = Serving(
+            engine=engine,
+            intake=Intake(tokenizer, info.vocab_size, info.max_model_len),
+            info=info,
+            model_names=frozenset(names),
+            max_open=sched.max_running + sched.max_waiting,
+        )
+        self._servicer.refusing = None
+        return True
+
+    # --- end --------------------------------------------------------------------------------------------------------
+
+    def _told_to_stop(self) -> None:
+        (self._hurry if self._stop.is_set() else self._stop).set()
+
+    async def _until_told(self, engine: EngineClient) -> None:
+        """Serve; on a signal drain; if the engine dies, raise why."""
+        stopped = asyncio.ensure_future(self._stop.wait())
+        both: list[asyncio.Future[Any]] = [stopped, engine.death]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        self._servicer.refusing = "the server is shutting down: ask another one"
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if engine.death.done():
+            stopped.cancel()
+            await self._until_idle(1.0)  # the streams end by themselves: let their status out
+            raise Unavailable(f"the server stops: {engine.death.result()}")
+        await self._drain(engine)
+
+    async def _drain(self, engine: EngineClient) -> None:
+        timeout_s = self._server_config.drain_timeout_s
+        print(f"jserve: draining, at most {timeout_s:g} s (again to stop at once)", file=sys.stderr)
+        await self._until_idle(timeout_s)
+        engine.cancel_all(Unavailable("the server has shut down before the answer was complete: ask another one"))
+        await self._until_idle(1.0)
+
+    async def _until_idle(self, timeout_s: float) -> None:
+        """Until no stream is under way, the time is over, or a second signal asks to hurry."""
+        end_s = time.perf_counter() + timeout_s
+        while self._servicer.streams and time.perf_counter() < end_s and not self._hurry.is_set():
+            await asyncio.sleep(0.05)
+
+    async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", _SERVICE):
+            await self._health.set(service, status)

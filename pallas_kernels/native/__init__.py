@@ -1,0 +1,121 @@
+"""The C++ kernels: compiled for this CPU on first use, kept in the cache directory, registered with XLA.
+
+The shared object's name is a hash of everything that shaped it, so a new source, compiler flag, jaxlib or CPU makes a
+new one, and an old one is never loaded by mistake.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jaxlib
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int32
+
+from jserve.config import cache_root
+from jserve.errors import ConfigError
+from jserve.pallas_kernels.metadata import BatchMetadata
+
+_SOURCE = Path(__file__).with_name("paged_attention.cc")
+_COMPILERS = ("c++", "g++", "clang++")
+# No -ffast-math: it may assume that NaN and infinity do not exist, and reorder sums that must not depend on the batch.
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden")
+_MATH_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+_COMPILE_LIMIT_S = 300
+_ATTENTION = "jserve_paged_attention"
+_KV_WRITE = "jserve_kv_write"
+
+
+def attend(
+    q: Float[Array, "tokens heads dim"],
+    k_cache: Float[Array, "blocks block_size kv_heads dim"],
+    v_cache: Float[Array, "blocks block_size kv_heads dim"],
+    meta: BatchMetadata,
+    scale: float,
+) -> Float[Array, "tokens heads dim"]:
+    _ensure_registered()
+    call = jax.ffi.ffi_call(_ATTENTION, jax.typeof(q))
+    return call(
+        q, k_cache, v_cache, meta.query_start, meta.context_len, meta.block_table, scale=np.float32(scale)
+    )
+
+
+def write(
+    k_cache: Float[Array, "blocks block_size kv_heads dim"],
+    v_cache: Float[Array, "blocks block_size kv_heads dim"],
+    k: Float[Array, "tokens kv_heads dim"],
+    v: Float[Array, "tokens kv_heads dim"],
+    kv_slot: Int32[Array, "tokens"],
+) -> tuple[Array, Array]:
+    _ensure_registered()
+    call = jax.ffi.ffi_call(_KV_WRITE, (jax.typeof(k_cache), jax.typeof(v_cache)), input_output_aliases={0: 0, 1: 1})
+    k_cache, v_cache = call(k_cache, v_cache, k, v, kv_slot)
+    return k_cache, v_cache
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot be used here, or None after making them ready."""
+    try:
+        _ensure_registered()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _ensure_registered() -> None:
+    library = ctypes.CDLL(str(_built()))
+    for target, symbol in ((_ATTENTION, "JservePagedAttention"), (_KV_WRITE, "JserveKvWrite")):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+
+
+def _built() -> Path:
+    """The shared object for this source, these flags, this jaxlib and this CPU, compiled if it is not there yet."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise ConfigError(f"no C++ compiler ({', '.join(_COMPILERS)}) is on PATH: install one, such as g++")
+    identity = "\0".join((*_FLAGS, *_MATH_FLAGS, jaxlib.__version__, compiler, _cpu_identity()))
+    name = hashlib.sha256(_SOURCE.read_bytes() + identity.encode()).hexdigest()[:32]
+    target = cache_root() / "native" / f"{name}.so"
+    if not target.exists():
+        _compile(compiler, target)
+    return target
+
+
+def _compile(compiler: str, target: Path) -> None:
+    """Compiles beside `target` and renames, so that another process sees a whole file or none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    partial = Path(name)
+    command = [compiler, *_FLAGS, *_MATH_FLAGS, "-isystem", jax.ffi.include_dir(), str(_SOURCE), "-o", str(partial)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_LIMIT_S, check=False)
+        if done.returncode != 0:
+            problem = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:500])
+            raise ConfigError(f"{compiler} could not compile {_SOURCE.name} ({problem}): install a C++17 compiler")
+        partial.replace(target)
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"{compiler} took more than {_COMPILE_LIMIT_S} s to compile {_SOURCE.name}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _cpu_identity() -> str:
+    """What -march=native depends on: a cache directory may be shared by machines."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in cpuinfo.read_text().splitlines() if line.startswith(wanted)}))
+

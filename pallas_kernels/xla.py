@@ -1,0 +1,134 @@
+"""The portable backend: flash-style attention in plain JAX, for any platform and as a reference.
+
+Programs depend on the shapes of the bucket alone: how far a context reaches is a loop bound, not a shape. Queries are
+gathered into tiles of one row each, and all tiles walk their contexts together, one stretch of blocks at a time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int32
+
+from jserve.pallas_kernels.metadata import BatchMetadata
+
+_MAX_TILE_QUERIES = 64
+_STRETCH_TOKENS = 64
+
+
+class Tiles(NamedTuple):
+    """Tiles of up to `queries` consecutive queries of one row; enough of them for any way to fill the bucket."""
+
+    row: Int32[Array, "tiles"]
+    token: Int32[Array, "tiles"]
+    """Index of the tile's first query among the tokens."""
+    count: Int32[Array, "tiles"]
+    """Queries in the tile; 0 for a tile that this batch does not need."""
+    position: Int32[Array, "tiles"]
+    """Of the tile's first query in its row."""
+
+
+def make_tiles(meta: BatchMetadata, tokens: int, queries: int) -> Tiles:
+    rows = meta.context_len.shape[0]
+    lengths = meta.query_start[1:] - meta.query_start[:-1]
+    ends = jnp.cumsum((lengths + queries - 1) // queries)
+    index = jnp.arange(min(tokens, rows + tokens // queries), dtype=jnp.int32)
+    row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), rows - 1).astype(jnp.int32)
+    first = (index - (ends[row] - (lengths[row] + queries - 1) // queries)) * queries
+    count = jnp.where(index < ends[-1], jnp.clip(lengths[row] - first, 0, queries), 0)
+    position = meta.context_len[row] - lengths[row] + first
+    return Tiles(row, meta.query_start[row] + first, count, position)
+
+
+def tile_queries(tokens: int, rows: int) -> int:
+    """A power of two near the mean query length that a full bucket can have, so that few tiles are mostly empty."""
+    return min(_MAX_TILE_QUERIES, 1 << (max(1, tokens // rows).bit_length() - 1))
+
+
+class _Softmax(NamedTuple):
+    """Online softmax: the weighted sum of values so far, the largest score, the sum of weights."""
+
+    out: Float[Array, "tiles queries kv_heads group dim"]
+    top: Float[Array, "tiles queries kv_heads group"]
+    total: Float[Array, "tiles queries kv_heads group"]
+
+
+def attend(
+    q: Float[Array, "tokens heads dim"],
+    k_cache: Float[Array, "blocks block_size kv_heads dim"],
+    v_cache: Float[Array, "blocks block_size kv_heads dim"],
+    meta: BatchMetadata,
+    scale: float,
+) -> Float[Array, "tokens heads dim"]:
+    tokens, heads, dim = q.shape
+    block_size, kv_heads = k_cache.shape[1:3]
+    queries = tile_queries(tokens, meta.context_len.shape[0])
+    tiles = make_tiles(meta, tokens, queries)
+    offset = jnp.arange(queries, dtype=jnp.int32)
+    token = jnp.where(offset < tiles.count[:, None], tiles.token[:, None] + offset, tokens)
+    q_tiles = q.at[token].get(mode="fill", fill_value=0).astype(jnp.float32) * scale
+    q_tiles = q_tiles.reshape(-1, queries, kv_heads, heads // kv_heads, dim)
+    query_position = tiles.position[:, None] + offset
+    table = meta.block_table[tiles.row]
+    stretch = max(1, _STRETCH_TOKENS // block_size)
+
+    def step(i: Array, state: _Softmax) -> _Softmax:
+        column = i * stretch + jnp.arange(stretch, dtype=jnp.int32)
+        block = jnp.take(table, column, axis=1, mode="clip")
+        k, v = (_gather(cache, block) for cache in (k_cache, v_cache))
+        position = i * stretch * block_size + jnp.arange(stretch * block_size, dtype=jnp.int32)
+        seen = position <= query_position[..., None]
+        # What lies past the tile's context may be NaN, and 0 * NaN is NaN.
+        v = jnp.where((position < (tiles.position + tiles.count)[:, None])[..., None, None], v, 0)
+        return _advance(state, q_tiles, k, v, seen)
+
+    reach = jnp.max(jnp.where(tiles.count > 0, tiles.position + tiles.count, 0), initial=0)
+    steps = (reach + stretch * block_size - 1) // (stretch * block_size)
+    # Derived from the queries, the first state varies over the same mesh axes as the later ones do.
+    start = _Softmax(jnp.zeros_like(q_tiles), *(jnp.full_like(q_tiles[..., 0], x) for x in (-jnp.inf, 0)))
+    state = jax.lax.fori_loop(0, steps, step, start)
+    result = state.out / jnp.where(state.total > 0, state.total, 1)[..., None]
+    return jnp.zeros_like(q).at[token].set(result.reshape(*token.shape, heads, dim).astype(q.dtype), mode="drop")
+
+
+def write(
+    k_cache: Float[Array, "blocks block_size kv_heads dim"],
+    v_cache: Float[Array, "blocks block_size kv_heads dim"],
+    k: Float[Array, "tokens kv_heads dim"],
+    v: Float[Array, "tokens kv_heads dim"],
+    kv_slot: Int32[Array, "tokens"],
+) -> tuple[Array, Array]:
+    blocks, block_size = k_cache.shape[:2]
+    # A negative index would count from the end.
+    slot = jnp.where(kv_slot < 0, blocks * block_size, kv_slot)
+    where = (slot // block_size, slot % block_size)
+    return k_cache.at[where].set(k, mode="drop"), v_cache.at[where].set(v, mode="drop")
+
+
+def _gather(
+    cache: Float[Array, "blocks block_size kv_heads dim"], block: Int32[Array, "tiles stretch"]
+) -> Float[Array, "tiles positions kv_heads dim"]:
+    found = cache.at[block].get(mode="clip").astype(jnp.float32)
+    return found.reshape(block.shape[0], -1, *cache.shape[2:])
+
+
+def _advance(
+    state: _Softmax,
+    q: Float[Array, "tiles queries kv_heads group dim"],
+    k: Float[Array, "tiles positions kv_heads dim"],
+    v: Float[Array, "tiles positions kv_heads dim"],
+    seen: Bool[Array, "tiles queries positions"],
+) -> _Softmax:
+    exact = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("iqkgd,itkd->iqkgt", q, k, precision=exact)
+    scores = jnp.where(seen[:, :, None, None, :], scores, -jnp.inf)
+    top = jnp.maximum(state.top, scores.max(axis=-1))
+    # A query that has seen nothing yet, padding, keeps top = -inf, and -inf - -inf is NaN.
+    base = jnp.where(top == -jnp.inf, 0, top)
+    weights = jnp.exp(scores - base[..., None])
+    shrink = jnp.exp(state.top - base)
+    out = state.out * shrink[..., None] + jnp.einsum("iqkgt,itkd->iqkgd", weights, v, precision=exact)
+    return _Softmax(out, top, state.total * shrink + weights.sum(axis=-1))

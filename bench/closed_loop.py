@@ -121,7 +121,10 @@ async def replay(
 
 
 async def _crowd(users: int, jobs: Sequence[T], work: Callable[[T], Awaitable[None]]) -> tuple[float, float]:
-    """Have the users do all jobs. Returns when they began, and when the first of them found none left."""
+    """Have the users do all jobs. Returns when they began, and when the first of them found none left.
+
+    The first failure ends them all.
+    """
     waiting = deque(jobs)
     out_of_work_s: list[float] = []
 
@@ -131,9 +134,12 @@ async def _crowd(users: int, jobs: Sequence[T], work: Callable[[T], Awaitable[No
         out_of_work_s.append(time.perf_counter())
 
     start_s = time.perf_counter()
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(users, len(jobs))):
-            group.create_task(user())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(users, len(jobs))):
+                group.create_task(user())
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
     return start_s, min(out_of_work_s)
 
 
@@ -162,3 +168,10 @@ def percentile(values: Sequence[float], percent: int) -> float:
         raise ValueError("no values: the run was too short to measure, give it more dialogues")
     ordered = sorted(values)
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+
+
+async def warm_up(transport: Transport, users: int, max_tokens: int = 16) -> None:
+    """Two turns for each user that are not measured: first calls, first batches and connections cost extra."""
+    await play(
+        transport, [Dialogue(f"warm-up {n}", (f"Count to {n + 2}.", "Again.")) for n in range(users)], users, max_tokens
+    )

@@ -51,8 +51,10 @@ class JserveTransport:
         from jserve.server.proto.jserve.v1 import jserve_pb2, jserve_pb2_grpc
 
         self._pb = jserve_pb2
+        self._target = target
+        self._failure = grpc.RpcError
         self._channel = grpc.aio.insecure_channel(target)
-        self._stub = jserve_pb2_grpc.JserveStub(self._channel)
+        self._stub: Any = jserve_pb2_grpc.JserveStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def chat(self, messages: Sequence[Message], max_tokens: int, salt: str) -> AsyncIterator[str | Usage]:
         pb = self._pb
@@ -61,12 +63,15 @@ class JserveTransport:
             sampling=pb.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
             cache_salt=salt,
         )
-        async for response in self._stub.Chat(request, timeout=CALL_TIMEOUT_S):
-            if response.HasField("complete"):
-                usage = response.complete.usage
-                yield Usage(usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
-            else:
-                yield response.chunk.text
+        try:
+            async for response in self._stub.Chat(request, timeout=CALL_TIMEOUT_S):
+                if response.HasField("complete"):
+                    usage = response.complete.usage
+                    yield Usage(usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
+                else:
+                    yield response.chunk.text
+        except self._failure as error:
+            raise ChatError(f"jserve on {self._target}: {error.code().name}: {error.details()}") from error
 
     async def stats(self) -> dict[str, float]:
         """The engine's counters by the names of `EngineStats`."""

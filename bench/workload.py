@@ -59,7 +59,9 @@ def load(path: Path | None, seed: int) -> Workload:
         lines = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).splitlines()
         dialogues = [Dialogue(str(n), _user_turns(json.loads(line))) for n, line in enumerate(lines) if line.strip()]
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise WorkloadError(f"{path} is not JSON lines of dialogues ({error}): see bench/workload.py for the two shapes") from error
+        raise WorkloadError(
+            f"{path} is not JSON lines of dialogues ({error}): see bench/workload.py for the two shapes"
+        ) from error
     return Workload(path.name, _drawn(dialogues, seed))
 
 
@@ -83,6 +85,7 @@ def _built_in() -> Iterator[Dialogue]:
         "bread", "bicycles", "the Moon", "chess", "coffee", "volcanoes", "libraries", "whales", "bridges", "gardens",
         "trains", "glass", "honey", "clocks", "rivers", "kites", "maps", "winter", "violins", "lighthouses",
         "paper", "robots", "rice", "castles", "deserts", "soap", "stars", "sailing", "pottery", "owls",
+        "ice", "lemons", "windmills", "caves", "letters", "drums", "salt", "tunnels", "wool", "mirrors",
     )  # fmt: skip
     lines = (
         ("Tell me something surprising about {}.", "Why is that so?", "Explain it again for a child of six."),

@@ -117,6 +117,7 @@ class ServerConfig:
     """The gRPC door."""
 
     host: str = "127.0.0.1"
+    """The address to listen on; 0.0.0.0 is every interface of this machine."""
     port: int = 8475
     """0 takes a free port and prints it."""
     drain_timeout_s: float = 30.0

@@ -5,6 +5,7 @@ The engine runs on a thread of its own; calls from any thread queue up there and
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import queue
 import threading
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from jserve.chat_template import Message
+from jserve.config import EngineConfig
 from jserve.engine_loop import Abort, Add, AskStats, Command, EngineLoop, Event, Outputs, Stop, TellStats, failure
 from jserve.errors import Unavailable
 from jserve.generation import Deliver, Generation, Intake
@@ -36,24 +38,32 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, *, progress: Progress | None = None, **settings: Any) -> None:
-        from jserve.engine import Engine
+        self._load(engine_config(model=model, **settings), progress)
 
-        config = engine_config(model=model, **settings)
-        progress = progress or SilentProgress()
-        path = resolve_model(model, progress)
-        tokenizer = Tokenizer.load(path)
-        self._attach(Engine.from_config(engine_config(model=str(path), **settings), progress), tokenizer)
-        self.config = config
+    @classmethod
+    def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> LLM:
+        """From a whole configuration, as the command line has one."""
+        llm = cls.__new__(cls)
+        llm._load(config, progress)
+        return llm
 
     @classmethod
     def from_engine(cls, engine: Engine, tokenizer: Tokenizer) -> LLM:
         """Over an engine that is already there; it belongs to the LLM from now on."""
         llm = cls.__new__(cls)
-        llm.config = engine.config
         llm._attach(engine, tokenizer)
         return llm
 
+    def _load(self, config: EngineConfig, progress: Progress | None) -> None:
+        from jserve.engine import Engine
+
+        progress = progress or SilentProgress()
+        path = resolve_model(config.model, progress)
+        tokenizer = Tokenizer.load(path)
+        self._attach(Engine.from_config(dataclasses.replace(config, model=str(path)), progress), tokenizer)
+
     def _attach(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.config = engine.config
         self._thread = _EngineThread(engine)
         self.info: EngineInfo = engine.info
         self._intake = Intake(tokenizer, self.info.vocab_size, self.info.max_model_len)

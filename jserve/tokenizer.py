@@ -135,8 +135,12 @@ _OLDER_FILES = ("vocab.json", "tokenizer.model")
 
 def _eos_ids(directory: Path, backend: tokenizers.Tokenizer, eos_token: str | None) -> tuple[int, ...]:
     """The first source that says: generation_config.json (as transformers' generate), config.json, the tokenizer."""
-    for name in ("generation_config.json", "config.json"):
-        said = _json(directory / name).get("eos_token_id")
+    converted = _json(directory / "jserve.json").get("spec", {})  # a checkpoint that `jserve convert` wrote
+    for said in (
+        _json(directory / "generation_config.json").get("eos_token_id"),
+        _json(directory / "config.json").get("eos_token_id"),
+        converted.get("eos_token_ids") or None,
+    ):
         if said is not None:
             return tuple(said) if isinstance(said, list) else (int(said),)
     named = backend.token_to_id(eos_token) if eos_token is not None else None

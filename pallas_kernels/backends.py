@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jserve.config import AttentionBackend
 from jserve.errors import ConfigError
-from jserve.pallas_kernels import native, pallas
+from jserve.pallas_kernels import native, pallas_triton
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,9 @@ def check_supported(backend: Backend, *, head_dim: int, dtype: DTypeLike) -> Non
     """Raises ConfigError when `backend` has no kernel for heads of `head_dim` in `dtype`."""
     name = jnp.dtype(dtype).name
     if name not in _DTYPES[backend]:
-        raise ConfigError(
-            f"dtype is {name!r}, which the {backend} attention backend does not take: use {' or '.join(_DTYPES[backend])}"
-        )
-    if backend == "pallas" and (problem := pallas.unsupported(head_dim)):
+        taken = " or ".join(_DTYPES[backend])
+        raise ConfigError(f"dtype is {name!r}, which the {backend} attention backend does not take: use {taken}")
+    if backend == "pallas" and (problem := pallas_triton.unsupported(head_dim)):
         raise ConfigError(f"{problem}: set runner.attention_backend to 'xla'")
 
 

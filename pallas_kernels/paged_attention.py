@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax import Array
 from jaxtyping import Float
 
-from jserve.pallas_kernels import native, pallas, xla
+from jserve.pallas_kernels import native, pallas_triton, xla
 from jserve.pallas_kernels.backends import Backend
 from jserve.pallas_kernels.metadata import BatchMetadata
 
@@ -34,7 +34,7 @@ def paged_attention(
         case "xla":
             return xla.attend(q, k_cache, v_cache, meta, scale)
         case "pallas":
-            return pallas.attend(q, k_cache, v_cache, meta, scale)
+            return pallas_triton.attend(q, k_cache, v_cache, meta, scale)
 
 
 def _check_shapes(q: Array, k_cache: Array, v_cache: Array) -> None:

@@ -20,12 +20,12 @@ _STRETCH_TOKENS = 64
 
 
 class Tiles(NamedTuple):
-    """Tiles of up to `queries` consecutive queries of one row; enough of them for any way to fill the bucket."""
+    """Each up to a fixed number of consecutive queries of one row; enough tiles for any way to fill the bucket."""
 
     row: Int32[Array, "tiles"]
     token: Int32[Array, "tiles"]
     """Index of the tile's first query among the tokens."""
-    count: Int32[Array, "tiles"]
+    queries: Int32[Array, "tiles"]
     """Queries in the tile; 0 for a tile that this batch does not need."""
     position: Int32[Array, "tiles"]
     """Of the tile's first query in its row."""
@@ -68,7 +68,7 @@ def attend(
     queries = tile_queries(tokens, meta.context_len.shape[0])
     tiles = make_tiles(meta, tokens, queries)
     offset = jnp.arange(queries, dtype=jnp.int32)
-    token = jnp.where(offset < tiles.count[:, None], tiles.token[:, None] + offset, tokens)
+    token = jnp.where(offset < tiles.queries[:, None], tiles.token[:, None] + offset, tokens)
     q_tiles = q.at[token].get(mode="fill", fill_value=0).astype(jnp.float32) * scale
     q_tiles = q_tiles.reshape(-1, queries, kv_heads, heads // kv_heads, dim)
     query_position = tiles.position[:, None] + offset
@@ -82,10 +82,10 @@ def attend(
         position = i * stretch * block_size + jnp.arange(stretch * block_size, dtype=jnp.int32)
         seen = position <= query_position[..., None]
         # What lies past the tile's context may be NaN, and 0 * NaN is NaN.
-        v = jnp.where((position < (tiles.position + tiles.count)[:, None])[..., None, None], v, 0)
+        v = jnp.where((position < (tiles.position + tiles.queries)[:, None])[..., None, None], v, 0)
         return _advance(state, q_tiles, k, v, seen)
 
-    reach = jnp.max(jnp.where(tiles.count > 0, tiles.position + tiles.count, 0), initial=0)
+    reach = jnp.max(jnp.where(tiles.queries > 0, tiles.position + tiles.queries, 0), initial=0)
     steps = (reach + stretch * block_size - 1) // (stretch * block_size)
     # Derived from the queries, the first state varies over the same mesh axes as the later ones do.
     start = _Softmax(jnp.zeros_like(q_tiles), *(jnp.full_like(q_tiles[..., 0], x) for x in (-jnp.inf, 0)))

@@ -97,14 +97,15 @@ class _HeaderReader(GGUFReader):
                 offset += 8 + struct.unpack_from("<Q", data, offset)[0]
         else:
             offset += count * np.dtype(self.gguf_scalar_to_np[GGUFValueType(kind)]).itemsize
-        return offset - orig_offs, [np.array([count])], [0], [GGUFValueType.UINT64]
+        return offset - orig_offs, [], [], [GGUFValueType.ARRAY]
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
-    """The metadata, with the length of a list for the list, and where each tensor is."""
+    """The metadata without its lists, and where each tensor is."""
     try:
         reader = _HeaderReader(str(path))
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        scalars = {name: f for name, f in reader.fields.items() if GGUFValueType.ARRAY not in f.types}
+        metadata = {name: field.contents() for name, field in scalars.items()}
         tensors = {
             t.name: _Tensor(
                 GGMLQuantizationType(t.tensor_type),

@@ -96,7 +96,7 @@ def _contract_on_cpu(x: Array, weight: Array, dims: int, dtype: Any) -> Array:
         y = jax.lax.optimization_barrier(jax.lax.dot_general(matrix, x, last, preferred_element_type=dtype)).T
     else:
         y = jax.lax.dot_general(x, matrix, last, preferred_element_type=dtype)
-    return y.reshape(rows, *outs)
+    return jnp.reshape(y, (rows, *outs))
 
 
 class RMSNorm(nnx.Module):
@@ -181,7 +181,8 @@ def _kept_share(rope: RopeSpec, plain: np.ndarray, head_dim: int) -> np.ndarray:
         if rope.truncate:
             low, high = np.floor(low), np.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
-        return 1 - np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        past = (np.arange(head_dim // 2) - low) / max(high - low, 0.001)
+        return np.asarray(1 - np.clip(past, 0, 1))
     return np.zeros_like(plain)
 
 

@@ -119,13 +119,14 @@ _GGUF_FIELDS = {
     "intermediate_size": "llama.feed_forward_length",
     "max_position_embeddings": "llama.context_length",
     "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
     "bos_token_id": "tokenizer.ggml.bos_token_id",
 }
 
 
 def gguf_config(metadata: Mapping[str, Any], small: Mapping[str, np.ndarray]) -> dict[str, Any]:
     config = {ours: metadata[theirs] for ours, theirs in _GGUF_FIELDS.items() if theirs in metadata}
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    config["eos_token_id"] = sorted({end for end in ends if end is not None})
     rope = {"rope_type": "default", "rope_theta": metadata.get("llama.rope.freq_base", 10000.0)}
     kind = metadata.get("llama.rope.scaling.type", "none")
     if kind != "none":

@@ -41,9 +41,9 @@ def param_shardings(model: CausalLM, mesh: Mesh) -> dict[str, NamedSharding]:
 def check_tp(spec: ModelSpec, mesh: Mesh) -> None:
     """A device holds whole KV heads and an equal part of the MLP."""
     tp = mesh.shape["tp"]
-    for what, size in (("KV heads", spec.num_kv_heads), ("an MLP size", spec.mlp_size)):
+    for size, what in ((spec.num_kv_heads, "KV heads"), (spec.mlp_size, "MLP neurons")):
         if size % tp:
-            raise ConfigError(f"tp is {tp}, and the model has {what} of {size}: choose a tp that divides it")
+            raise ConfigError(f"tp is {tp}, and each layer has {size} {what}: choose a tp that divides them")
 
 
 def _fitting(wanted: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -75,7 +75,8 @@ def _send(socket: zmq.Socket[bytes], event: Event) -> None:
 
 def _die_with_parent() -> None:
     """The read ends when the parent does, however it does: no orphan keeps the device."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
     os._exit(1)
 
 

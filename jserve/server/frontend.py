@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -23,7 +25,7 @@ from jserve.config import EngineConfig, ServerConfig, describe
 from jserve.console import RichProgress
 from jserve.errors import ConfigError, Unavailable
 from jserve.generation import Intake
-from jserve.pull import resolve_model
+from jserve.pull import DEFAULT_MODEL, resolve_model
 from jserve.server.engine_client import REAL_ENGINE, EngineClient
 from jserve.server.proto.jserve.v1 import jserve_pb2 as pb
 from jserve.server.proto.jserve.v1 import jserve_pb2_grpc as pb_grpc
@@ -97,14 +99,8 @@ class FrontEnd:
         reflection.enable_server_reflection(_REFLECTED, server)
         host, port = self._server_config.host, self._server_config.port
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            bound = server.add_insecure_port(address)
-        except RuntimeError:
-            bound = 0
-        if bound == 0:
-            raise ConfigError(f"cannot listen on {address}: the port is in use, or the host is not this machine's; "
-                              "choose another --port (0 takes a free one) or --host")  # fmt: skip
-        return server, bound
+        _check_free(host, port, address)
+        return server, server.add_insecure_port(address)
 
     async def _load(self, engine: EngineClient, path: Path) -> bool:
         """Tokenizer here while the engine loads there. False if told to stop meanwhile."""
@@ -117,7 +113,7 @@ class FrontEnd:
             loading.cancel()
             return False
         info, tokenizer = loading.result()
-        names = {info.model, *([self._config.model] if self._config.model else [])}
+        names = {info.model, self._config.model or DEFAULT_MODEL.name}
         sched = self._config.sched
         self._servicer.serving = Serving(
             engine=engine,
@@ -163,3 +159,13 @@ class FrontEnd:
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", _SERVICE):
             await self._health.set(service, status)
+
+
+def _check_free(host: str, port: int, address: str) -> None:
+    """gRPC would report a port in use as well, but in several lines of its own."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        in_use = error.errno == errno.EADDRINUSE
+        way_out = "port (0 takes a free one), or stop the other server" if in_use else "host or --port"
+        raise ConfigError(f"cannot listen on {address}: {error.strerror}; choose another --{way_out}") from None

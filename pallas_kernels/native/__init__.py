@@ -14,10 +14,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int32
@@ -44,10 +45,8 @@ def attend(
     scale: float,
 ) -> Float[Array, "tokens heads dim"]:
     _ensure_registered()
-    call = jax.ffi.ffi_call(_ATTENTION, jax.typeof(q))
-    return call(
-        q, k_cache, v_cache, meta.query_start, meta.context_len, meta.block_table, scale=np.float32(scale)
-    )
+    call: Callable[..., Array] = jax.ffi.ffi_call(_ATTENTION, jax.typeof(q))
+    return call(q, k_cache, v_cache, meta.query_start, meta.context_len, meta.block_table, scale=np.float32(scale))
 
 
 def write(
@@ -58,13 +57,14 @@ def write(
     kv_slot: Int32[Array, "tokens"],
 ) -> tuple[Array, Array]:
     _ensure_registered()
-    call = jax.ffi.ffi_call(_KV_WRITE, (jax.typeof(k_cache), jax.typeof(v_cache)), input_output_aliases={0: 0, 1: 1})
+    results = (jax.typeof(k_cache), jax.typeof(v_cache))
+    call = jax.ffi.ffi_call(_KV_WRITE, results, input_output_aliases={0: 0, 1: 1})
     k_cache, v_cache = call(k_cache, v_cache, k, v, kv_slot)
     return k_cache, v_cache
 
 
 def unavailable() -> str | None:
-    """Why the kernels cannot be used here, or None after making them ready."""
+    """Why the kernels cannot be used here and what to do about it, or None after making them ready."""
     try:
         _ensure_registered()
     except ConfigError as error:
@@ -74,7 +74,13 @@ def unavailable() -> str | None:
 
 @functools.cache
 def _ensure_registered() -> None:
-    library = ctypes.CDLL(str(_built()))
+    try:
+        library = ctypes.CDLL(str(_built()))
+    except OSError as error:
+        raise ConfigError(
+            f"the C++ kernels cannot be kept in or loaded from {cache_root() / 'native'} ({error}): "
+            "set JSERVE_CACHE_DIR to a writable folder on a file system that allows programs to run"
+        ) from error
     for target, symbol in ((_ATTENTION, "JservePagedAttention"), (_KV_WRITE, "JserveKvWrite")):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
 
@@ -84,7 +90,7 @@ def _built() -> Path:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise ConfigError(f"no C++ compiler ({', '.join(_COMPILERS)}) is on PATH: install one, such as g++")
-    identity = "\0".join((*_FLAGS, *_MATH_FLAGS, jaxlib.__version__, compiler, _cpu_identity()))
+    identity = "\0".join((*_FLAGS, *_MATH_FLAGS, jaxlib.version.__version__, compiler, _cpu_identity()))
     name = hashlib.sha256(_SOURCE.read_bytes() + identity.encode()).hexdigest()[:32]
     target = cache_root() / "native" / f"{name}.so"
     if not target.exists():
@@ -118,4 +124,3 @@ def _cpu_identity() -> str:
         return f"{platform.machine()} {platform.processor()}"
     wanted = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in cpuinfo.read_text().splitlines() if line.startswith(wanted)}))
-

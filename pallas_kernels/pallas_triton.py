@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Float
 
+from jserve.errors import ConfigError
 from jserve.pallas_kernels.metadata import BatchMetadata
 from jserve.pallas_kernels.xla import make_tiles
 
@@ -25,6 +27,8 @@ _MIN_DOT = 16
 _TILE_ROWS = 64
 _KV_TOKENS = 32
 _MAX_HEAD_DIM = 256
+_MAX_ELEMENTS = 2**31 - 1
+"""Triton computes 32-bit offsets."""
 
 
 def unsupported(head_dim: int) -> str | None:
@@ -41,8 +45,13 @@ def attend(
     meta: BatchMetadata,
     scale: float,
 ) -> Float[Array, "tokens heads dim"]:
+    if k_cache.size > _MAX_ELEMENTS:
+        raise ConfigError(
+            f"a layer's keys are {k_cache.size} numbers on one device, and the pallas attention backend addresses at "
+            f"most {_MAX_ELEMENTS}: set cache.device_blocks lower or tp higher"
+        )
     call = functools.partial(_attend, scale=scale)
-    return jax.lax.platform_dependent(
+    result: Array = jax.lax.platform_dependent(
         q,
         k_cache,
         v_cache,
@@ -50,11 +59,10 @@ def attend(
         cpu=functools.partial(call, interpret=True),
         default=functools.partial(call, interpret=False),
     )
+    return result
 
 
-def _attend(
-    q: Array, k_cache: Array, v_cache: Array, meta: BatchMetadata, *, scale: float, interpret: bool
-) -> Array:
+def _attend(q: Array, k_cache: Array, v_cache: Array, meta: BatchMetadata, *, scale: float, interpret: bool) -> Array:
     tokens, heads, _ = q.shape
     kv_heads = k_cache.shape[2]
     group = heads // kv_heads
@@ -68,7 +76,7 @@ def _attend(
         queries=queries,
         exact=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
     )
-    return pl.pallas_call(
+    result: Array = pl.pallas_call(
         kernel,
         grid=(tiles.row.shape[0], kv_heads),
         in_specs=[pl.no_block_spec] * 9,
@@ -80,19 +88,20 @@ def _attend(
         interpret=interpret,
         name="paged_attention",
     )(*tiles, meta.block_table, q, k_cache, v_cache, jnp.zeros_like(q))
+    return result
 
 
 def _kernel(
-    row_ref,
-    token_ref,
-    count_ref,
-    position_ref,
-    table_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    _,
-    out_ref,
+    row_ref: Any,
+    token_ref: Any,
+    count_ref: Any,
+    position_ref: Any,
+    table_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    _: Any,
+    out_ref: Any,
     *,
     scale: float,
     group: int,
@@ -104,14 +113,14 @@ def _kernel(
     dim, block_size = q_ref.shape[-1], k_ref.shape[1]
     rows = max(_MIN_DOT, pl.next_power_of_2(queries * group))
     dims = jnp.arange(max(_MIN_DOT, pl.next_power_of_2(dim)))
-    m = jnp.arange(rows)
-    live = m < count * group
-    where = (jnp.where(live, token + m // group, 0)[:, None], (head * group + m % group)[:, None], dims[None, :])
-    inside = live[:, None] & (dims < dim)[None, :]
+    # Rows past the live ones repeat them, so that they store the same values to the same places.
+    m = jnp.arange(rows) % jnp.maximum(count * group, 1)
+    where = ((token + m // group)[:, None], (head * group + m % group)[:, None], dims[None, :])
+    inside = (dims < dim)[None, :] & (count > 0)
     q = plt.load(q_ref.at[where], mask=inside, other=0.0)
     query_position = position + m // group
 
-    def step(i, state):
+    def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, top, total = state
         at = i * _KV_TOKENS + jnp.arange(_KV_TOKENS)
         held = at < position + count
@@ -120,14 +129,13 @@ def _kernel(
         kv_inside = held[:, None] & (dims < dim)[None, :]
         k = plt.load(k_ref.at[kv_where], mask=kv_inside, other=0.0)
         v = plt.load(v_ref.at[kv_where], mask=kv_inside, other=0.0)
-        scores = pl.dot(q, k, trans_b=True, precision=exact).astype(jnp.float32) * (scale * math.log2(math.e))
-        seen = (at[None, :] <= query_position[:, None]) & live[:, None]
-        scores = jnp.where(seen, scores, -jnp.inf)
+        scores = plt.dot(q, k, trans_b=True, precision=exact).astype(jnp.float32) * (scale * math.log2(math.e))
+        scores = jnp.where(at[None, :] <= query_position[:, None], scores, -jnp.inf)
+        # Every query sees position 0, so the maximum is finite from the first step on.
         new_top = jnp.maximum(top, scores.max(axis=1))
-        base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-        weights = jnp.exp2(scores - base[:, None])
-        shrink = jnp.exp2(top - base)
-        part = pl.dot(weights.astype(v.dtype), v, precision=exact)
+        weights = jnp.exp2(scores - new_top[:, None])
+        shrink = jnp.exp2(top - new_top)
+        part = plt.dot(weights.astype(v.dtype), v, precision=exact)
         return out * shrink[:, None] + part, new_top, total * shrink + weights.sum(axis=1)
 
     start = (

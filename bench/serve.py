@@ -1,0 +1,192 @@
+"""`python -m bench.serve`: the speed of jserve, closed-loop, on real multi-turn dialogues, through its gRPC door.
+
+Starts `jserve serve` twice (the second start has a warm compile cache: that one is `ready_s`), or takes a running
+server by --target. Then, for each --concurrency, it plays the dialogues, and sends the same later prompts again under
+fresh cache salts: what recomputing their history costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from bench import report
+from bench.closed_loop import Run, percentile, play, replay, warm_up
+from bench.servers import ServerError, grpc_ready
+from bench.systems import Jserve, bench_flags
+from bench.transports import ChatError, JserveTransport
+from bench.workload import Dialogue, Workload, WorkloadError, load
+
+DIALOGUES_AT_LEAST = 4
+
+
+@dataclass(frozen=True)
+class Level:
+    """What was measured with one number of users."""
+
+    users: int
+    played: Run
+    recomputed: Run
+    """The later turns of `played`, nothing of them cached."""
+    host_step_ms: float
+
+
+def main() -> int:
+    args = _arguments()
+    console = report.console(args)
+    try:
+        workload = load(args.dialogues, args.seed)
+        if args.target:
+            metrics = _measure_target(args.target, workload, args, console)
+        else:
+            metrics = _measure_own(workload, args, console)
+    except (ChatError, ServerError, WorkloadError) as error:
+        print(f"bench.serve: {error}", file=sys.stderr)
+        return 1
+    missing = {} if "resident_over_weights_and_pool" in metrics else {"resident_over_weights_and_pool": MEMORY_UNKNOWN}
+    config = {
+        "dialogues": workload.source,
+        "concurrency": args.concurrency,
+        "dialogues_per_user": args.dialogues_per_user,
+        "max_tokens": args.max_tokens,
+        "target": args.target,
+        "flags": _flags(args),
+    }
+    for name, reason in missing.items():
+        console.print(f"not measured: {name}: {reason}")
+    report.emit(report.Result("serve", metrics, config, args.seed, missing=missing), args)
+    return 0
+
+
+MEMORY_UNKNOWN = "needs a server that this benchmark started, whose GetStats tells weight_bytes and pool_bytes"
+
+
+def _measure_own(workload: Workload, args: argparse.Namespace, console: Console) -> dict[str, float]:
+    """Start a server, twice, and measure the second one."""
+    system = Jserve(_flags(args))
+    with tempfile.TemporaryDirectory() as logs:
+        with console.status("starting jserve, to fill its compile cache"):
+            first = system.start(Path(logs), max(args.concurrency))
+            first.stop()
+        with console.status("starting jserve again"):
+            server = system.start(Path(logs), max(args.concurrency))
+        try:
+            metrics = _measure_target(system.target, workload, args, console, server.resident_bytes)
+        finally:
+            server.stop()
+    console.print(f"ready in {first.ready_s:.1f} s, and in {server.ready_s:.1f} s with a warm compile cache")
+    return {**metrics, "ready_first_s": first.ready_s, "ready_s": server.ready_s}
+
+
+def _measure_target(
+    target: str,
+    workload: Workload,
+    args: argparse.Namespace,
+    console: Console,
+    resident_bytes: Callable[[], int] | None = None,
+) -> dict[str, float]:
+    if not grpc_ready(target)():
+        raise ServerError(f"no jserve serves on {target}: start one with `jserve serve`, or leave --target out")
+    with Progress(console=console, transient=True) as bars:
+        levels, stats = asyncio.run(_levels(target, workload, args, bars))
+    _print(levels, workload, console)
+    metrics = {**_metrics(levels[0]), "compiles_after_warmup": stats["compiles_after_warmup"]}
+    if len(levels) > 1:
+        metrics |= {f"{name}_c{level.users}": value for level in levels for name, value in _metrics(level).items()}
+    if resident_bytes and {"weight_bytes", "pool_bytes"} <= stats.keys():
+        resident = resident_bytes()
+        metrics["resident_bytes"] = resident
+        metrics["resident_over_weights_and_pool"] = resident / (stats["weight_bytes"] + stats["pool_bytes"])
+    return metrics
+
+
+async def _levels(
+    target: str, workload: Workload, args: argparse.Namespace, bars: Progress
+) -> tuple[list[Level], Mapping[str, float]]:
+    """Every level with dialogues of its own; the engine's counters at the end."""
+    transport = JserveTransport(target)
+    levels: list[Level] = []
+    used = 0
+    try:
+        for users in args.concurrency:
+            count = max(DIALOGUES_AT_LEAST, users * args.dialogues_per_user)
+            levels.append(await _level(transport, workload.part(used, count), users, args, bars))
+            used += count
+        return levels, await transport.stats()
+    finally:
+        await transport.close()
+
+
+async def _level(
+    transport: JserveTransport, dialogues: tuple[Dialogue, ...], users: int, args: argparse.Namespace, bars: Progress
+) -> Level:
+    turns = sum(len(d.turns) for d in dialogues)
+    bar = bars.add_task(f"{users} users", total=2 * turns - len(dialogues))
+    await warm_up(transport, users)
+    played = await play(transport, dialogues, users, args.max_tokens, lambda: bars.advance(bar))
+    stats = await transport.stats()
+    later = [turn for turn in played.turns if turn.index > 0]
+    salt = f"recompute {args.seed} {users} {played.start_s}"
+    recomputed = await replay(transport, later, users, args.max_tokens, salt, lambda: bars.advance(bar))
+    return Level(users, played, recomputed, stats["host_step_ms_p50"])
+
+
+def _metrics(level: Level) -> dict[str, float]:
+    run = level.played
+    first = [turn.ttft_s for turn in run.measured(later=False)]
+    later = [turn.ttft_s for turn in run.measured(later=True)]
+    tpot = [turn.tpot_s for turn in run.measured()]
+    recompute = percentile([turn.ttft_s for turn in level.recomputed.measured()], 50)
+    return {
+        "output_tokens_per_s": run.output_tokens_per_s,
+        "ttft_first_p50_s": percentile(first, 50),
+        "ttft_later_p50_s": percentile(later, 50),
+        "ttft_later_p95_s": percentile(later, 95),
+        "ttft_recompute_p50_s": recompute,
+        "ttft_later_over_recompute": percentile(later, 50) / recompute,
+        "tpot_p50_s": percentile(tpot, 50),
+        "tpot_p95_s": percentile(tpot, 95),
+        "cached_share": run.cached_share or 0.0,
+        "host_step_ms_p50": level.host_step_ms,
+    }
+
+
+def _print(levels: list[Level], workload: Workload, console: Console) -> None:
+    names = list(_metrics(levels[0]))
+    rows = [[name, *(_metrics(level)[name] for level in levels)] for name in names]
+    turns = sum(len(level.played.turns) for level in levels)
+    columns = ["", *(f"{level.users} users" for level in levels)]
+    console.print(report.table(f"jserve, {turns} turns of {workload.source}", columns, rows))
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    return [*bench_flags(args.model), *args.serve_flags]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.serve", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    parser.add_argument("--target", metavar="HOST:PORT", help="a running jserve server; starts one if left out")
+    parser.add_argument("--model", help="for the started server; the embedded default if left out")
+    parser.add_argument("--dialogues", type=Path, metavar="FILE", help="jsonl or jsonl.gz of dialogues")
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", default=[8], metavar="C", help="users; several: one level each"
+    )
+    parser.add_argument("--dialogues-per-user", type=int, default=3, metavar="N", help="default 3")
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of each reply, exactly (default 64)")
+    parser.add_argument("serve_flags", nargs="*", metavar="-- FLAG", help="more flags of `jserve serve`")
+    report.add_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

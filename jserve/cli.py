@@ -1,0 +1,227 @@
+"""The `jserve` command. Results go to stdout, everything else to stderr; an error is one line, and exit code 2.
+
+JAX is imported only by the commands that run a model in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jserve import __version__
+from jserve.config import EngineConfig, ServerConfig
+from jserve.errors import JserveError
+from jserve.settings import Setting, build, settings_of
+
+if TYPE_CHECKING:
+    from jserve.result import Result, ResultStream
+
+Conversation = list[dict[str, str]]
+Chat = Callable[[Conversation], "ResultStream"]
+
+_DEFAULT_PORT = ServerConfig().port
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except JserveError as error:
+        print(f"jserve: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from jserve.server.frontend import serve
+
+    return serve(build(EngineConfig, vars(args)), build(ServerConfig, vars(args)))
+
+
+def _chat(args: argparse.Namespace) -> int:
+    with _chat_door(args) as chat:
+        conversation: Conversation = [{"role": "system", "content": args.system}] if args.system else []
+        for text in _ask() if args.message is None else args.message:
+            conversation.append({"role": "user", "content": text})
+            answer = _show(chat(conversation), as_json=args.json)
+            conversation.append({"role": "assistant", "content": answer.text})
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from jserve import checkpoints
+    from jserve.console import RichProgress
+    from jserve.runner import make_mesh, resolve_dtype
+    from jserve.pull import resolve_model
+
+    config, progress = build(EngineConfig, vars(args)), RichProgress()
+    source, mesh = resolve_model(config.model, progress), make_mesh(config.tp)
+    loaded = checkpoints.load(source, mesh=mesh, dtype=resolve_dtype(config.dtype, mesh), progress=progress)
+    checkpoints.save(loaded.model, args.output, tokenizer_from=source)
+    print(args.output)
+    return 0
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from jserve.console import RichProgress
+    from jserve.pull import resolve_model
+
+    print(resolve_model(args.model, RichProgress()))
+    return 0
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _chat_door(args: argparse.Namespace) -> Iterator[Chat]:
+    """A server's answers, or those of a model in this process."""
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    sampling = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.target is not None:
+        from jserve.server.client import Client
+
+        with Client(args.target) as client:
+            yield lambda conversation: client.chat(conversation, stream=True, **sampling)
+    else:
+        from jserve.console import RichProgress
+        from jserve.llm import LLM
+
+        with LLM.from_config(build(EngineConfig, vars(args)), RichProgress()) as llm:
+            yield lambda conversation: llm.chat(conversation, stream=True, **sampling)
+
+
+def _ask() -> Iterable[str]:
+    """What the user types, until the end of input."""
+    import readline  # noqa: F401  (gives input() its line editing)
+
+    print("Type a message; Ctrl-D ends the chat.", file=sys.stderr)
+    while True:
+        try:
+            text = input("\n> ") if sys.stdin.isatty() else input()
+        except EOFError:
+            return
+        if text.strip():
+            yield text
+
+
+def _show(stream: ResultStream, as_json: bool) -> Result:
+    """The answer as it comes, or as one JSON line at its end."""
+    with stream:
+        if not as_json:
+            for chunk in stream:
+                print(chunk.text, end="", flush=True)
+            print(flush=True)
+        answer = stream.result()
+    numbers = {
+        "prompt_tokens": answer.prompt_tokens,
+        "cached_tokens": answer.cached_tokens,
+        "output_tokens": answer.output_tokens,
+        "ttft_s": round(answer.ttft_s, 4),
+    }
+    if as_json:
+        print(json.dumps({"text": answer.text, **numbers}, ensure_ascii=False), flush=True)
+    else:
+        print("  ".join(f"{name} {value}" for name, value in numbers.items()), file=sys.stderr)
+    return answer
+
+
+# --- the flags --------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jserve", description="A serving runtime for multi-turn LLM conversations.")
+    parser.add_argument("--version", action="version", version=f"jserve {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    serve = _command(commands, "serve", _serve, "serve a model over gRPC")
+    _add_settings(serve, "engine", EngineConfig)
+    _add_settings(serve, "server", ServerConfig)
+
+    chat = _command(commands, "chat", _chat, "talk to a model: in this process, or a server's with --target")
+    chat.add_argument("-m", "--message", action="append", metavar="TEXT", help="a turn of yours; repeat it for more")
+    chat.add_argument("--json", action="store_true", help="one JSON line for each turn, instead of the text")
+    chat.add_argument("--target", metavar="HOST:PORT", help=f"a running server, such as localhost:{_DEFAULT_PORT}")
+    chat.add_argument("--system", metavar="TEXT", help="a system message before the first turn")
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="tokens of an answer at most (up to the context)")
+    chat.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
+    chat.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely tokens")
+    chat.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that reach P together")
+    chat.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
+    chat.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer; repeat it for more")
+    _add_settings(chat, "engine (without --target)", EngineConfig)
+
+    convert = _command(commands, "convert", _convert, "write a model as a checkpoint that loads fast onto any mesh")
+    convert.add_argument("output", type=Path, metavar="DIRECTORY", help="where to write it; must not exist")
+    _add_settings(convert, "source", EngineConfig, only=("model", "dtype", "tp"))
+
+    pull = _command(commands, "pull", _pull, "fetch a model and print where it is")
+    pull.add_argument("model", nargs="?", help="a hub id; the embedded default, SmolLM2-135M-Instruct, if left out")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], what: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, title: str, config: type, only: tuple[str, ...] = ()) -> None:
+    """A flag for each setting: --block-size, --no-overlap, --drain-timeout."""
+    group = parser.add_argument_group(title)
+    for setting in settings_of(config):
+        if not only or setting.name in only:
+            _add_flag(group, setting)
+
+
+def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    flag = setting.name.removesuffix("_s").replace("_", "-")
+    text = setting.help.replace("%", "%%")
+    if setting.kind is bool:
+        group.add_argument(
+            f"--{'no-' if setting.default else ''}{flag}",
+            dest=setting.name,
+            action="store_false" if setting.default else "store_true",
+            help=f"{'turn off: ' if setting.default else ''}{text}",
+        )
+        return
+    group.add_argument(
+        f"--{flag}",
+        dest=setting.name,
+        type=_numbers if setting.many else setting.kind,
+        choices=setting.choices,
+        default=setting.default,
+        metavar=None if setting.choices else _metavar(setting),
+        help=f"{text} (default: {'none' if setting.default is None else setting.default})",
+    )
+
+
+def _metavar(setting: Setting) -> str:
+    if setting.many:
+        return "N,N,..."
+    unit = "SECONDS" if setting.name.endswith("_s") else None
+    return unit or {int: "N", float: "X", Path: "DIRECTORY"}.get(setting.kind, setting.name.upper())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

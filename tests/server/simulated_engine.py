@@ -1,0 +1,40 @@
+"""The production engine over the simulated executor: what the server tests serve where the model does not matter.
+
+Its tokens are bytes, drawn by a hash of everything before them, so that no two prompts have the same answer.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from jserve.config import EngineConfig
+from jserve.engine import Engine, EngineInfo
+from jserve.progress import Progress
+from jserve.sched.plan import StepPlan
+from jserve.simulated import SimulatedClock, SimulatedExecutor, SimulatedStep
+
+BYTES = 256
+VOCAB = BYTES + 3  # with the special tokens of the tests' tokenizer, which the simulated model never says
+CONTEXT = 1000
+STEP_S = 0.002
+POISON = 255
+"""A prompt of this token alone kills the engine process in the middle of a step."""
+
+
+class PacedExecutor(SimulatedExecutor):
+    """Takes real time, so that a stream can be left in the middle."""
+
+    def launch(self, plan: StepPlan) -> SimulatedStep:
+        time.sleep(STEP_S)
+        if any(row.sequence.tokens == [POISON] for row in plan.rows):
+            os._exit(17)
+        return super().launch(plan)
+
+
+def make(config: EngineConfig, progress: Progress) -> Engine:
+    del progress
+    clock, blocks, size = SimulatedClock(), config.cache.device_blocks or 1000, config.cache.block_size
+    executor = PacedExecutor(clock, blocks, size, BYTES)
+    info = EngineInfo("simulated", "simulated", VOCAB, CONTEXT, size, blocks, "none", "simulated", 0, 0)
+    return Engine(config, info, executor, clock)

@@ -74,7 +74,7 @@ class Contest:
             )
         )
         for name, reason in self.missing.items():
-            console.print(f"missing: {name}: {reason}", markup=False)
+            report.note(console, f"missing: {name}: {reason}")
 
     def _rows(self, metrics: dict[str, float], concurrency: Sequence[int]) -> Iterator[list[str]]:
         for system in self.systems:

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -210,14 +210,15 @@ class LlamaCpp:
         env.pip("cmake", "ninja")
         source = self._source(env)
         build = str(env.path / "build")
-        options = (
+        options = [
             "CMAKE_BUILD_TYPE=Release",
-            "LLAMA_BUILD_TESTS=OFF",
-            "LLAMA_BUILD_EXAMPLES=OFF",
-            "LLAMA_BUILD_APP=OFF",
-        )
-        options += ("LLAMA_USE_PREBUILT_UI=OFF", "LLAMA_OPENSSL=OFF", "BUILD_SHARED_LIBS=OFF")
-        options += (f"CMAKE_MAKE_PROGRAM={env.program('ninja')}",)
+            f"CMAKE_MAKE_PROGRAM={env.program('ninja')}",
+            *(
+                f"LLAMA_{part}=OFF"
+                for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_APP", "USE_PREBUILT_UI", "OPENSSL")
+            ),
+            "BUILD_SHARED_LIBS=OFF",
+        ]
         env.do(env.program("cmake"), "-G", "Ninja", "-S", str(source), "-B", build, *(f"-D{o}" for o in options))
         env.do(env.program("cmake"), "--build", build, "--target", "llama-server")
         return env.finish(llama_cpp=LLAMA_CPP)

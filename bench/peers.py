@@ -1,6 +1,7 @@
-"""`python -m bench.peers`: jserve and its peers on the same work in the same run, one after the other, on the same cores.
+"""`python -m bench.peers`: jserve and its peers on the same work, in the same run, one after the other.
 
-Every system gets the same weights, dialogues, client loop, context and about the same KV pool, as a server of its own.
+Every system is a server of its own, and gets the same weights, dialogues, client loop, cores, context, and about the
+same KV pool.
 While one is measured the others are stopped (SIGSTOP). Rounds are interleaved (A B C, then C B A), each with dialogues
 of its own; ratios are ours over theirs, per round, and the median of the rounds counts.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +45,8 @@ def main() -> int:
     except (ChatError, ServerError, WorkloadError, JserveError) as error:
         print(f"bench.peers: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     contest.show(args.concurrency, args.repeats, console)
     config = {
         "dialogues": workload.source,
@@ -73,15 +77,16 @@ def _prepared(args: argparse.Namespace, console: Console) -> Contest:
 
 
 def _peer(name: str, model: Path, weights: Path, console: Console) -> System:
+    say = functools.partial(report.note, console)
     if name == "vllm":
-        return Vllm(peer_weights.hf_directory(model, weights), console.print)
+        return Vllm(peer_weights.hf_directory(model, weights), say)
     if name == "transformers":
-        return Transformers(peer_weights.hf_directory(model, weights), console.print)
+        return Transformers(peer_weights.hf_directory(model, weights), say)
     if model.suffix != ".gguf":
         raise Missing(f"llama.cpp reads GGUF files, and the model is {model}")
     if name == "llama_cpp_f32":
-        return LlamaCpp(peer_weights.float32_gguf(model, weights), "f32", console.print)
-    return LlamaCpp(model, "q4_1", console.print)
+        return LlamaCpp(peer_weights.float32_gguf(model, weights), "f32", say)
+    return LlamaCpp(model, "q4_1", say)
 
 
 def _measure(contest: Contest, workload: Workload, args: argparse.Namespace, logs: Path, console: Console) -> None:
@@ -107,7 +112,7 @@ def _measure(contest: Contest, workload: Workload, args: argparse.Namespace, log
                         bars.advance(bar)
                     contest.runs[system.name, users, round_] = run
                     speed = f"{run.output_tokens_per_s:.1f} tokens/s"
-                    console.print(f"round {round_ + 1}, {users} users: {system.name} {speed}", markup=False)
+                    report.note(console, f"round {round_ + 1}, {users} users: {system.name} {speed}")
 
 
 def _cell(

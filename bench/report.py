@@ -66,6 +66,11 @@ def console(args: argparse.Namespace) -> Console:
     return Console(stderr=args.json, highlight=False)
 
 
+def note(console: Console, text: str) -> None:
+    """One line, as it is."""
+    console.print(text, soft_wrap=True, markup=False)
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """Names on the left, numbers on the right."""
     made = Table(title=title, title_justify="left")
@@ -83,7 +88,7 @@ def emit(result: Result, args: argparse.Namespace) -> None:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{result.bench}-{args.save or time.strftime('%Y-%m-%d')}.json"
         path.write_text(json.dumps(document, indent=2) + "\n")
-        console(args).print(f"saved {path.relative_to(ROOT)}")
+        note(console(args), f"saved {path.relative_to(ROOT)}")
     if args.json:
         print(json.dumps(document), flush=True)
 

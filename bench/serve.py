@@ -26,6 +26,7 @@ from bench.transports import ChatError, JserveTransport
 from bench.workload import Dialogue, Workload, WorkloadError, load
 
 DIALOGUES_AT_LEAST = 4
+MEMORY_UNKNOWN = "needs a server that this benchmark started, whose GetStats tells weight_bytes and pool_bytes"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def main() -> int:
     except (ChatError, ServerError, WorkloadError) as error:
         print(f"bench.serve: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     missing = {} if "resident_over_weights_and_pool" in metrics else {"resident_over_weights_and_pool": MEMORY_UNKNOWN}
     config = {
         "dialogues": workload.source,
@@ -61,12 +64,9 @@ def main() -> int:
         "flags": _flags(args),
     }
     for name, reason in missing.items():
-        console.print(f"not measured: {name}: {reason}")
+        report.note(console, f"not measured: {name}: {reason}")
     report.emit(report.Result("serve", metrics, config, args.seed, missing=missing), args)
     return 0
-
-
-MEMORY_UNKNOWN = "needs a server that this benchmark started, whose GetStats tells weight_bytes and pool_bytes"
 
 
 def _measure_own(workload: Workload, args: argparse.Namespace, console: Console) -> dict[str, float]:
@@ -82,7 +82,7 @@ def _measure_own(workload: Workload, args: argparse.Namespace, console: Console)
             metrics = _measure_target(system.target, workload, args, console, server.resident_bytes)
         finally:
             server.stop()
-    console.print(f"ready in {first.ready_s:.1f} s, and in {server.ready_s:.1f} s with a warm compile cache")
+    report.note(console, f"ready in {first.ready_s:.1f} s, and in {server.ready_s:.1f} s with a warm compile cache")
     return {**metrics, "ready_first_s": first.ready_s, "ready_s": server.ready_s}
 
 

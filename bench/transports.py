@@ -121,7 +121,10 @@ class OpenAITransport:
 async def post(url: str, body: bytes) -> AsyncIterator[bytes]:
     """The lines of the answer to one HTTP/1.1 POST of JSON, as they arrive."""
     parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    except OSError as error:
+        raise ChatError(f"{url}: {error}") from error
     try:
         head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)

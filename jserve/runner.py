@@ -104,6 +104,7 @@ class Runner:
         self.reports: list[ProgramReport] = []
         if config.runner.warmup:
             self.reports = self.programs.warm_up(self._token_buckets, self._row_buckets, progress)
+            progress.note(table_of(self.reports))
         self._compiles.reset()
 
     @classmethod
@@ -117,6 +118,9 @@ class Runner:
         set_up_compile_cache(config.runner.compile_cache_dir or cache_root() / "xla")
         mesh = make_mesh(config.tp)
         dtype = resolve_dtype(config.dtype, mesh)
+        if dtype == jnp.float32 and mesh.devices.flat[0].platform != "cpu":
+            # On GPUs float32 products are TF32 by default, which would break "same tokens however computed".
+            jax.config.update("jax_default_matmul_precision", "highest")
         loaded = checkpoints.load(path, mesh=mesh, dtype=dtype, progress=progress)
         return cls(config, loaded.model, loaded.spec, loaded.name, mesh, progress)
 
@@ -212,6 +216,14 @@ class Runner:
         """Free the device memory."""
         for array in (*self._k, *self._v, *self._leaves, *self._state):
             array.delete()
+
+
+def table_of(reports: list[ProgramReport]) -> str:
+    """The programs with their compile times and temporary memory, for the start-up print."""
+    lines = [f"{'program':<16}{'compiled in':>12}{'temporaries':>14}"]
+    lines += [f"{r.name:<16}{r.compile_s:>10.2f} s{r.temp_bytes / 2**20:>10.1f} MiB" for r in reports]
+    total_s = sum(r.compile_s for r in reports)
+    return "\n".join([*lines, f"{len(reports)} programs {total_s:>12.2f} s of compiling, on two threads"])
 
 
 # --- start-up -----------------------------------------------------------------------------------------------------

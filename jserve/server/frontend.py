@@ -166,6 +166,8 @@ def _check_free(host: str, port: int, address: str) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        in_use = error.errno == errno.EADDRINUSE
-        way_out = "port (0 takes a free one), or stop the other server" if in_use else "host or --port"
-        raise ConfigError(f"cannot listen on {address}: {error.strerror}; choose another --{way_out}") from None
+        if error.errno == errno.EADDRINUSE:
+            problem, way_out = "the port is in use", "choose another --port (0 takes a free one), or stop the other server"
+        else:
+            problem, way_out = error.strerror, "choose another --host or --port"
+        raise ConfigError(f"cannot listen on {address}: {problem}; {way_out}") from None

@@ -118,14 +118,13 @@ inline void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-template <int... I>
-inline Vec rotate_lanes(Vec v, int by, std::integer_sequence<int, I...>) {
+inline Vec rotate_lanes(Vec v, int by) {
 #if defined(__clang__)
   Vec out;
   for (int i = 0; i < kLanes; ++i) out[i] = v[(i + by) % kLanes];
   return out;
 #else
-  return __builtin_shuffle(v, (IVec{I...} + by) & (kLanes - 1));
+  return __builtin_shuffle(v, (kLaneIndex + by) & (kLanes - 1));
 #endif
 }
 
@@ -133,12 +132,12 @@ inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
 inline float max_lane(Vec v) {
 #pragma GCC unroll 4
-  for (int by = kLanes / 2; by > 0; by /= 2) v = maximum(v, rotate_lanes(v, by, std::make_integer_sequence<int, kLanes>{}));
+  for (int by = kLanes / 2; by > 0; by /= 2) v = maximum(v, rotate_lanes(v, by));
   return v[0];
 }
 
 inline float sum_lanes(Vec v) {
-  for (int by = kLanes / 2; by > 0; by /= 2) v += rotate_lanes(v, by, std::make_integer_sequence<int, kLanes>{});
+  for (int by = kLanes / 2; by > 0; by /= 2) v += rotate_lanes(v, by);
   return v[0];
 }
 
@@ -346,6 +345,7 @@ struct Worker {
   Scratch& scratch;
   int group, rows;
   int64_t dim, padded;
+  bool cold = true;  // nothing of the KV was fetched yet
   float *keys_t, *padded_values, *scores, *shrink, *lane_sums, *queries;
 
   static int64_t floats(const Problem<T>& p, int rows) {
@@ -384,40 +384,56 @@ struct Worker {
     }
   }
 
+  // The KV of some tokens and one head.
+  struct Stretch {
+    const int64_t* offsets;
+    int tokens, head;
+  };
+
+  void fetch(const T* cache, Stretch s) const {
+    for (int t = 0; t < s.tokens; ++t)
+      for (int64_t d = 0; d < dim; d += 64 / int64_t{sizeof(T)})
+        __builtin_prefetch(cache + s.offsets[t] + s.head * dim + d, 0, 2);
+  }
+
   // The partial results of a split, result(head), for the rows that see it. Heads take turns at each block, so that
-  // memory is read in the order in which it lies.
+  // memory is read in the order in which it lies, and what comes next is fetched meanwhile.
   template <typename Result>
   void attend(int split, int first_head, int last_head, Result result) {
     const int64_t begin = int64_t{split} * kSplit, end = std::min<int64_t>(begin + kSplit, tile.end());
     locate(split);
-    for (int64_t at = begin; at < end; at += kBlock) {
-      const int n = int(std::min<int64_t>(kBlock, end - at));
-      const int ahead = int(std::clamp<int64_t>(tile.end() - at - kBlock, 0, kBlock));
-      for (int h = first_head; h < last_head; ++h)
-        attend_block(h, at, at == begin, scratch.offsets + (at - begin), n, ahead, result(h));
+    const auto stretch = [&](int64_t at, int head) {
+      return Stretch{scratch.offsets + (at - begin), int(std::clamp<int64_t>(tile.end() - at, 0, kBlock)), head};
+    };
+    if (cold) {
+      fetch(p.keys, stretch(begin, first_head));
+      fetch(p.values, stretch(begin, first_head));
+      cold = false;
     }
+    for (int64_t at = begin; at < end; at += kBlock)
+      for (int h = first_head; h < last_head; ++h) {
+        const Stretch next = h + 1 < last_head ? stretch(at, h + 1) : stretch(at + kBlock, first_head);
+        attend_block(at, at == begin, stretch(at, h), next, result(h));
+      }
     for (int h = first_head; h < last_head; ++h)
       for (int m = tile.first_query(begin) * group; m < rows; ++m)
         result(h).sum[m] = sum_lanes(load(lane_sums + (int64_t{h} * rows + m) * kLanes));
   }
 
-  static void fetch(const T* base, const int64_t* offsets, int n, int64_t dim) {
-    for (int t = 0; t < n; ++t)
-      for (int64_t d = 0; d < dim; d += 64 / int64_t{sizeof(T)}) __builtin_prefetch(base + offsets[t] + d, 0, 2);
-  }
-
-  // Tokens offsets[0 : n], at positions `at` and up; the `ahead` tokens after a whole block are fetched meanwhile.
-  void attend_block(int head, int64_t at, bool first, const int64_t* offsets, int n, int ahead, Partial result) {
+  // The tokens of `now`, at positions `at` and up.
+  void attend_block(int64_t at, bool first, Stretch now, Stretch next, Partial result) {
+    const int64_t* offsets = now.offsets;
+    const int n = now.tokens, head = now.head;
     const float* q = queries + int64_t{head} * rows * dim;
     float* sums = lane_sums + int64_t{head} * rows * kLanes;
     const int begin = tile.first_query(at) * group;
     const auto visible = [&](int m) { return int(std::min<int64_t>(n, tile.position + m / group + 1 - at)); };
     pack_keys(p.keys + head * dim, offsets, n, dim, keys_t);
-    fetch(p.keys + head * dim, offsets + kBlock, ahead, dim);
+    fetch(p.keys, next);
     by_rows(begin, rows, [&](int m, auto r) { score<r.value>(q + m * dim, dim, keys_t, n, scores + m * kBlock); });
     for (int m = begin; m < rows; ++m)
       shrink[m] = soften(scores + m * kBlock, visible(m), first, result.max + m, sums + m * kLanes);
-    fetch(p.values + head * dim, offsets + kBlock, ahead, dim);
+    fetch(p.values, next);
     if (padded == dim) {
       weigh(p.values + head * dim, offsets, begin, first, visible, result);
     } else {
@@ -544,7 +560,8 @@ inline void add_items(Plan& plan, int index, int kv_heads, double tile_cost, int
   for (int s = 0; s < splits; s += run)
     for (int h = 0; h < kv_heads; h += heads) {
       const int item_heads = std::min(heads, kv_heads - h), item_splits = std::min(run, splits - s);
-      plan.items.push_back({index, h, item_heads, s, item_splits, tile_cost * item_heads * item_splits / (kv_heads * splits)});
+      const double share = double(item_heads * item_splits) / (kv_heads * splits);
+      plan.items.push_back({index, h, item_heads, s, item_splits, tile_cost * share});
     }
   plan.partials.push_back(run < splits ? plan.partial_floats : -1);
 }
@@ -555,11 +572,15 @@ Plan make_plan(const Problem<T>& p, int64_t threads) {
   const int tile_queries = std::max(1, kTileRows / p.group());
   for (int64_t r = 0; r < p.rows; ++r) {
     const int64_t begin = p.query_start[r], queries = p.query_start[r + 1] - begin;
-    for (int64_t i = 0; i < queries; i += tile_queries)
-      plan.tiles.push_back({r, begin + i, p.context_len[r] - queries + i, int(std::min<int64_t>(tile_queries, queries - i))});
+    for (int64_t i = 0; i < queries; i += tile_queries) {
+      const int n = int(std::min<int64_t>(tile_queries, queries - i));
+      plan.tiles.push_back({r, begin + i, p.context_len[r] - queries + i, n});
+    }
   }
   // Reading and packing a token costs about as much as 4 rows' arithmetic on it.
-  const auto cost = [&](const Tile& t) { return double(t.end()) * (4 + t.queries * p.group()) * p.kv_heads * p.dim * 2; };
+  const auto cost = [&](const Tile& t) {
+    return double(t.end()) * (4 + t.queries * p.group()) * p.kv_heads * p.dim * 2;
+  };
   double total = 0;
   for (const Tile& t : plan.tiles) total += cost(t);
   const double target = threads > 1 && total > 2 * kMinCost ? std::max(total / double(threads * 6), kMinCost) : total;
@@ -571,7 +592,8 @@ Plan make_plan(const Problem<T>& p, int64_t threads) {
       plan.partial_floats += plan.tiles[i].splits() * p.kv_heads * partial_size(rows, p.padded_dim());
   }
   if (threads > 1)
-    std::stable_sort(plan.items.begin(), plan.items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+    std::stable_sort(plan.items.begin(), plan.items.end(),
+                     [](const Item& a, const Item& b) { return a.cost > b.cost; });
   return plan;
 }
 
@@ -637,7 +659,6 @@ ffi::Error attend_all(const Problem<T>& p, ffi::ThreadPool& pool) {
   const int64_t used = p.rows > 0 ? p.query_start[p.rows] : 0, first = p.rows > 0 ? p.query_start[0] : 0;
   std::memset(p.out, 0, first * p.heads * p.dim * sizeof(T));
   std::memset(p.out + used * p.heads * p.dim, 0, (p.tokens - used) * p.heads * p.dim * sizeof(T));
-  // Shared, as are the arrays of each item, with helpers of the pool that start after the last item is done.
   const Plan plan = make_plan(p, pool.num_threads());
   if (plan.items.empty()) return ffi::Error::Success();
   const std::unique_ptr<float[]> partials(new float[plan.partial_floats + 1]);

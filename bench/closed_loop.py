@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from bench.transports import ChatError, Message, Transport, Usage
-from bench.workload import Dialogue
+from bench.workload import Dialogue, WorkloadError
 
 T = TypeVar("T")
 
@@ -165,7 +165,9 @@ async def _say(
 def percentile(values: Sequence[float], percent: int) -> float:
     """The smallest value that at least this share of the values does not exceed."""
     if not values:
-        raise ValueError("no values: the run was too short to measure, give it more dialogues")
+        raise WorkloadError(
+            "no turn ended while all users were busy: give each user more dialogues (--dialogues-per-user)"
+        )
     ordered = sorted(values)
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 
 from bench import report
 from bench.closed_loop import Run, percentile
@@ -22,6 +23,8 @@ class Contest:
     """jserve first."""
     runs: dict[tuple[str, int, int], Run] = field(default_factory=dict)
     """By system, users and round."""
+    others_cores: list[float] = field(default_factory=list)
+    """Of each run: the cores that processes outside the contest took meanwhile."""
     servers: dict[str, Server] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
@@ -42,7 +45,7 @@ class Contest:
     def metrics(self, concurrency: Sequence[int], repeats: int) -> dict[str, float]:
         """Each system's own numbers, and ours over each peer's, round by round; medians of the rounds."""
         ours, *peers = [system.name for system in self.systems]
-        metrics: dict[str, float] = {}
+        metrics = {"others_cores_p50": percentile(self.others_cores, 50), "others_cores_max": max(self.others_cores)}
         for users in concurrency:
             runs = {name: [self.runs[name, users, r] for r in range(repeats)] for name in (ours, *peers)}
             for name, measure in MEASURES.items():
@@ -51,7 +54,7 @@ class Contest:
                 for peer in peers:
                     ratio = statistics.median(a / b for a, b in zip(values[ours], values[peer], strict=True))
                     metrics[f"{RATIOS[name].format(peer)}_c{users}"] = ratio
-        return metrics | {f"same_text_{peer}": share for peer in peers if (share := self._same_text(peer)) is not None}
+        return metrics | {f"{SAME_TEXT}{peer}": share for peer in peers if (share := self._same_text(peer)) is not None}
 
     def _same_text(self, peer: str) -> float | None:
         """Of the turns that got the same prompt from both, the share that got the same reply."""
@@ -65,27 +68,23 @@ class Contest:
         return sum(equal) / len(equal) if equal else None
 
     def show(self, concurrency: Sequence[int], repeats: int, console: Console) -> None:
-        """The table, and who is missing."""
+        """A table for each measure, and who is missing."""
         metrics = self.metrics(concurrency, repeats)
-        columns = ["", *(f"{title} {users}" for title in TITLES.values() for users in concurrency), "same text"]
-        console.print(
-            report.table(
-                "ours over theirs in brackets; the number is of users", columns, list(self._rows(metrics, concurrency))
-            )
-        )
+        for measure, title in TITLES.items():
+            rows = []
+            for system in self.systems:
+                ratios = [metrics.get(f"{RATIOS[measure].format(system.name)}_c{users}") for users in concurrency]
+                own = [f"{metrics[f'{system.name}_{measure}_c{users}']:.3g}" for users in concurrency]
+                cells = [n if r is None else f"{n} [{r:.2f}]" for n, r in zip(own, ratios, strict=True)]
+                rows.append([system.name, *(escape(cell) for cell in cells)])
+            columns = ["", *(f"{users} users" for users in concurrency)]
+            console.print(report.table(f"{title} {escape('[ours over theirs]')}", columns, rows))
+        for name, share in metrics.items():
+            if name.startswith(SAME_TEXT):
+                report.note(console, f"{name.removeprefix(SAME_TEXT)}: {share:.0%} of its replies equal ours")
+        report.note(console, f"processes outside took {metrics['others_cores_p50']:.2f} cores (median)")
         for name, reason in self.missing.items():
             report.note(console, f"missing: {name}: {reason}")
-
-    def _rows(self, metrics: dict[str, float], concurrency: Sequence[int]) -> Iterator[list[str]]:
-        for system in self.systems:
-            cells = [system.name]
-            for name in TITLES:
-                for users in concurrency:
-                    ratio = metrics.get(f"{RATIOS[name].format(system.name)}_c{users}")
-                    own = f"{metrics[f'{system.name}_{name}_c{users}']:.3g}"
-                    cells.append(own if ratio is None else f"{own} [{ratio:.2f}]")
-            same = metrics.get(f"same_text_{system.name}")
-            yield [*cells, "" if same is None else f"{same:.0%}"]
 
 
 MEASURES: dict[str, Callable[[Run], float]] = {
@@ -95,4 +94,9 @@ MEASURES: dict[str, Callable[[Run], float]] = {
 }
 RATIOS = {"output_tokens_per_s": "{}_ratio", "ttft_later_p50_s": "ttft_later_{}_ratio", "tpot_p50_s": "tpot_{}_ratio"}
 """How the ratio of a measure is called."""
-TITLES = {"output_tokens_per_s": "tokens/s", "ttft_later_p50_s": "later TTFT s", "tpot_p50_s": "TPOT s"}
+TITLES = {
+    "output_tokens_per_s": "output tokens/s",
+    "ttft_later_p50_s": "TTFT of later turns, p50, s",
+    "tpot_p50_s": "time per output token, p50, s",
+}
+SAME_TEXT = "same_text_"

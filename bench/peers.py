@@ -21,8 +21,9 @@ from rich.progress import Progress
 from bench import peer_weights, report
 from bench.closed_loop import Run, play, warm_up
 from bench.contest import Contest
+from bench.noise import Noise
 from bench.peer_systems import PEERS, LlamaCpp, Transformers, Vllm
-from bench.servers import ServerError
+from bench.servers import Server, ServerError
 from bench.systems import Jserve, Missing, System, bench_flags
 from bench.transports import ChatError
 from bench.workload import Dialogue, Workload, WorkloadError, load
@@ -112,7 +113,8 @@ def _measure(contest: Contest, workload: Workload, args: argparse.Namespace, log
                         bars.advance(bar)
                     contest.runs[system.name, users, round_] = run
                     speed = f"{run.output_tokens_per_s:.1f} tokens/s"
-                    report.note(console, f"round {round_ + 1}, {users} users: {system.name} {speed}")
+                    noise = f"others took {contest.others_cores[-1]:.2f} cores"
+                    report.note(console, f"round {round_ + 1}, {users} users: {system.name} {speed} ({noise})")
 
 
 def _cell(
@@ -124,16 +126,21 @@ def _cell(
         server = contest.servers[system.name] = system.start(logs, max(args.concurrency))
     server.resume()
     try:
-        return asyncio.run(_played(system, dialogues, users, args.max_tokens))
+        run, others_cores = asyncio.run(_played(system, server, dialogues, users, args.max_tokens))
     finally:
         server.pause()
+    contest.others_cores.append(others_cores)
+    return run
 
 
-async def _played(system: System, dialogues: Sequence[Dialogue], users: int, max_tokens: int) -> Run:
+async def _played(
+    system: System, server: Server, dialogues: Sequence[Dialogue], users: int, max_tokens: int
+) -> tuple[Run, float]:
     transport = system.transport()
     try:
         await warm_up(transport, users)
-        return await play(transport, dialogues, users, max_tokens)
+        noise = Noise(server)
+        return await play(transport, dialogues, users, max_tokens), noise.others_cores()
     finally:
         await transport.close()
 

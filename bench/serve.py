@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from rich.progress import Progress
 
 from bench import report
 from bench.closed_loop import Run, percentile, play, replay, warm_up
-from bench.servers import ServerError, grpc_ready
+from bench.noise import Noise
+from bench.servers import Server, ServerError, grpc_ready
 from bench.systems import Jserve, bench_flags
 from bench.transports import ChatError, JserveTransport
 from bench.workload import Dialogue, Workload, WorkloadError, load
@@ -79,7 +80,7 @@ def _measure_own(workload: Workload, args: argparse.Namespace, console: Console)
         with console.status("starting jserve again"):
             server = system.start(Path(logs), max(args.concurrency))
         try:
-            metrics = _measure_target(system.target, workload, args, console, server.resident_bytes)
+            metrics = _measure_target(system.target, workload, args, console, server)
         finally:
             server.stop()
     report.note(console, f"ready in {first.ready_s:.1f} s, and in {server.ready_s:.1f} s with a warm compile cache")
@@ -91,18 +92,23 @@ def _measure_target(
     workload: Workload,
     args: argparse.Namespace,
     console: Console,
-    resident_bytes: Callable[[], int] | None = None,
+    server: Server | None = None,
 ) -> dict[str, float]:
+    """Measure a server that runs. Of one that we started, its memory and what others took of the CPU, too."""
     if not grpc_ready(target)():
         raise ServerError(f"no jserve serves on {target}: start one with `jserve serve`, or leave --target out")
+    noise = Noise(server) if server else None
     with Progress(console=console, transient=True) as bars:
         levels, stats = asyncio.run(_levels(target, workload, args, bars))
     _print(levels, workload, console)
     metrics = {**_metrics(levels[0]), "compiles_after_warmup": stats["compiles_after_warmup"]}
     if len(levels) > 1:
         metrics |= {f"{name}_c{level.users}": value for level in levels for name, value in _metrics(level).items()}
-    if resident_bytes and {"weight_bytes", "pool_bytes"} <= stats.keys():
-        resident = resident_bytes()
+    if noise:
+        metrics["others_cores"] = noise.others_cores()
+        report.note(console, f"processes outside took {metrics['others_cores']:.2f} cores")
+    if server and {"weight_bytes", "pool_bytes"} <= stats.keys():
+        resident = server.resident_bytes()
         metrics["resident_bytes"] = resident
         metrics["resident_over_weights_and_pool"] = resident / (stats["weight_bytes"] + stats["pool_bytes"])
     return metrics

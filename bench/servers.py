@@ -75,24 +75,24 @@ class Server:
 
     def pause(self) -> None:
         """Stop all its threads (SIGSTOP), so that it takes no CPU from whoever is measured next."""
-        _signal(_family(self.process.pid), signal.SIGSTOP)
+        _signal(family(self.process.pid), signal.SIGSTOP)
 
     def resume(self) -> None:
-        _signal(_family(self.process.pid), signal.SIGCONT)
+        _signal(family(self.process.pid), signal.SIGCONT)
 
     def stop(self, grace_s: float = 20.0) -> None:
         """SIGTERM to the process, and SIGKILL to whatever is left of its family after the grace."""
-        family = _family(self.process.pid)
+        everyone = family(self.process.pid)
         self.resume()
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_s)
-        _signal(family, signal.SIGKILL)
+        _signal(everyone, signal.SIGKILL)
         self.process.wait()
 
     def resident_bytes(self) -> int:
         """Resident memory of its largest process: the one with the model."""
-        return max(map(_resident_bytes, _family(self.process.pid)))
+        return max(map(_resident_bytes, family(self.process.pid)))
 
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
@@ -133,17 +133,17 @@ def grpc_ready(target: str) -> Callable[[], bool]:
     return ready
 
 
-def _family(leader: int) -> set[int]:
+def family(leader: int) -> set[int]:
     """A process and all its descendants, whatever session they moved to."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # it may have just ended
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    family = {leader}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return family
+    members = {leader}
+    while more := {pid for pid, parent in parents.items() if parent in members} - members:
+        members |= more
+    return members
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:

@@ -67,8 +67,8 @@ def _chat(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from jserve import checkpoints
     from jserve.console import RichProgress
-    from jserve.runner import make_mesh, resolve_dtype
     from jserve.pull import resolve_model
+    from jserve.runner import make_mesh, resolve_dtype
 
     config, progress = build(EngineConfig, vars(args)), RichProgress()
     source, mesh = resolve_model(config.model, progress), make_mesh(config.tp)

@@ -50,8 +50,9 @@ class Intake:
         return token_ids
 
     def of_messages(self, messages: Sequence[Message]) -> list[int]:
-        self._check_chars(sum(len(message.get("content") or "") for message in messages))
-        return self.tokenizer.encode_chat(messages)
+        text = self.tokenizer.render_chat(messages)
+        self._check_chars(len(text))
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def generation(
         self, port: EnginePort, deliver: Deliver, prompt: list[int], sampling: SamplingParams, cache_salt: str = ""

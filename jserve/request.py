@@ -64,7 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         unknown = sorted(given.keys() - set(cls.__struct_fields__))
         if unknown:
             raise InvalidRequest(f"{unknown[0]!r} is no sampling parameter: use {', '.join(cls.__struct_fields__)}")
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         if isinstance(stop := values.get("stop"), str):
             values["stop"] = (stop,)
         return cls(**values)

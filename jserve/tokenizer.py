@@ -63,9 +63,18 @@ class Tokenizer:
         """No text of n tokens has more than n times as many characters."""
         return max(map(len, self.backend.get_vocab()), default=1)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with the special tokens that the model puts around one (such as BOS)."""
-        return self._encode(text, add_special_tokens=True)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; of a plain prompt, with the special tokens that the model puts around one (such as BOS)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # the library would call it "not a str"
+            raise InvalidRequest(f"the text is not valid Unicode at character {error.start}: {error.reason}") from None
+        if len(text) < LONG_TEXT_CHARS:
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The conversation as the model's chat template writes it, ready for the assistant's next message."""
@@ -75,22 +84,11 @@ class Tokenizer:
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of `render_chat`: the template has put every special token itself."""
-        return self._encode(self.render_chat(messages), add_special_tokens=False)
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens; ids outside the vocabulary have none."""
         return str(self.backend.decode(token_ids, skip_special_tokens=True))
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        try:
-            if len(text) < LONG_TEXT_CHARS:
-                encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
-            else:
-                (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"the text is not valid Unicode at character {error.start}: {error.reason}") from None
-        ids: list[int] = encoding.ids
-        return ids
 
 
 # --- directories ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from jserve.progress import SilentProgress
 from jserve.request import EngineRequest, SamplingParams
 from jserve.runner import Runner, make_mesh
 
+pytestmark = pytest.mark.gpu
 MODELS = Path(__file__).parent / "fixtures" / "models"
 TURNS, OUTPUT = 3, 9
 
@@ -121,6 +122,7 @@ def test_the_same_tokens_however_they_are_computed(case: str) -> None:
     assert (stats.preemptions > 0) == ("preemption" in case)
 
 
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_two_devices_say_what_one_says() -> None:
     expected = plain("llama2_gqa")
     engine = make_engine(tp=2)

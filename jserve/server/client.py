@@ -91,7 +91,8 @@ class Client:
     ) -> Result | ResultStream:
         """The assistant's next message."""
         check_messages(messages)
-        request = pb.ChatRequest(
+        request = _message(
+            pb.ChatRequest,
             messages=convert.messages_to_pb(messages),
             sampling=_sampling(sampling),
             session_id=session_id,
@@ -138,8 +139,9 @@ class Client:
         **sampling: Any,
     ) -> Result | ResultStream:
         """What follows a text, or token ids."""
-        request = pb.GenerateRequest(
-            **_input(prompt),
+        request = _message(
+            pb.GenerateRequest,
+            **({"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": list(prompt)}}),
             sampling=_sampling(sampling),
             session_id=session_id,
             cache_salt=cache_salt,
@@ -150,10 +152,10 @@ class Client:
     def tokenize(self, prompt: str | Sequence[Message], *, timeout_s: float | None = None) -> list[int]:
         """The token ids of a text, or of a conversation through the chat template."""
         if isinstance(prompt, str):
-            request = pb.TokenizeRequest(text=prompt)
+            request = _message(pb.TokenizeRequest, text=prompt)
         else:
             check_messages(prompt)
-            request = pb.TokenizeRequest(conversation=pb.Conversation(messages=convert.messages_to_pb(prompt)))
+            request = _message(pb.TokenizeRequest, conversation={"messages": convert.messages_to_pb(prompt)})
         return list(_call(self._stub.Tokenize, request, timeout_s).token_ids)
 
     def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
@@ -209,10 +211,9 @@ def _sampling(given: Mapping[str, Any]) -> pb.SamplingParams:
     return convert.sampling_to_pb(SamplingParams.of(given))
 
 
-def _input(prompt: str | Sequence[int]) -> dict[str, Any]:
-    if isinstance(prompt, str):
-        return {"text": prompt}
+def _message(kind: Any, **fields: Any) -> Any:
+    """A protobuf message; what it cannot hold (a negative token id, half a Unicode pair) is the caller's mistake."""
     try:
-        return {"token_ids": pb.TokenIds(ids=prompt)}
+        return kind(**fields)
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"the prompt is neither text nor token ids: {error}") from None
+        raise InvalidRequest(f"the request cannot be sent: {error}") from None

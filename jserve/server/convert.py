@@ -41,8 +41,9 @@ def messages_from_pb(messages: Iterable[pb.ChatMessage]) -> list[dict[str, str]]
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def messages_to_pb(messages: Sequence[Mapping[str, str]]) -> list[pb.ChatMessage]:
-    return [pb.ChatMessage(role=message["role"], content=message["content"]) for message in messages]
+def messages_to_pb(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """As protobuf's constructors take them."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def chunk_to_pb(chunk: Chunk) -> pb.GenerateResponse:

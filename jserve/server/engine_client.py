@@ -31,11 +31,9 @@ _LAST_WORDS_S = 0.5
 class EngineClient:
     """An `EnginePort` to another process."""
 
-    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, folder: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, pipes: _Pipes) -> None:
         self._process = process
-        self._socket = socket
-        self._folder = folder
-        self._sender: zmq.Socket[bytes] = zmq.Socket.shadow(socket)  # sends at once: there is no high-water mark
+        self._pipes = pipes
         self._open: dict[str, Deliver] = {}
         self._stats: dict[int, asyncio.Future[dict[str, float]]] = {}
         self._tickets = itertools.count()
@@ -50,19 +48,22 @@ class EngineClient:
     @classmethod
     async def start(cls, config: EngineConfig, engine: str = REAL_ENGINE) -> EngineClient:
         """Start the process; `ready()` waits for it."""
-        folder = tempfile.mkdtemp(prefix="jserve-")
-        socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
-        socket.set_hwm(0)
-        socket.linger = 0
-        socket.bind(address := f"ipc://{folder}/engine")
-        command = [sys.executable, "-m", "jserve.server.engine_process", address, wire.config_to_json(config), engine]
+        pipes = _Pipes()
+        command = [
+            sys.executable,
+            "-m",
+            "jserve.server.engine_process",
+            pipes.folder,
+            wire.config_to_json(config),
+            engine,
+        ]
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=sys.stderr,
             start_new_session=True,  # a Ctrl-C in the terminal is for the front-end, which drains first
         )
-        return cls(process, socket, folder)
+        return cls(process, pipes)
 
     async def ready(self) -> EngineInfo:
         """Once the engine is loaded and warm. Raises what made it fail."""
@@ -121,16 +122,15 @@ class EngineClient:
         await self.death
         for task in self._tasks:
             task.cancel()
-        self._socket.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._pipes.close()
 
     def _tell(self, command: Command) -> None:
         with contextlib.suppress(zmq.ZMQError):  # dying: `_watch` tells the callers
-            self._sender.send(wire.encode(command), zmq.NOBLOCK)
+            self._pipes.commands.send(wire.encode(command), zmq.NOBLOCK)
 
     async def _listen(self) -> None:
         while True:
-            match wire.decode_event(await self._socket.recv()):
+            match wire.decode_event(await self._pipes.events.recv()):
                 case Outputs(outputs):
                     for output in outputs:
                         if (deliver := self._open.get(output.request_id)) is None:
@@ -161,6 +161,24 @@ class EngineClient:
         open_, self._open = self._open, {}
         for request_id, deliver in open_.items():
             deliver(failure(request_id, error if isinstance(error, Unavailable) else Unavailable(str(error))))
+
+
+class _Pipes:
+    """Two sockets, one each way: sending on a socket that asyncio reads from would swallow its wake-ups."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="jserve-")
+        self.commands: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        self.events = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        for name, socket in ((wire.COMMANDS, self.commands), (wire.EVENTS, self.events)):
+            socket.set_hwm(0)  # never waits: the servicer bounds what is under way
+            socket.linger = 0
+            socket.bind(wire.address(self.folder, name))
+
+    def close(self) -> None:
+        self.commands.close()
+        self.events.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _how_it_ended(code: int) -> str:

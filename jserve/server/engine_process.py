@@ -1,4 +1,4 @@
-"""The engine process: `python -m jserve.server.engine_process ADDRESS CONFIG ENGINE`, started by the front-end.
+"""The engine process: `python -m jserve.server.engine_process FOLDER CONFIG ENGINE`, started by the front-end.
 
 It owns the engine and nothing else: token ids in, token ids out. It lives no longer than the process that started it,
 which holds the other end of its standard input.
@@ -19,7 +19,7 @@ import zmq
 
 from jserve.config import EngineConfig
 from jserve.console import RichProgress
-from jserve.engine_loop import Command, EngineLoop, Event
+from jserve.engine_loop import Command, EngineLoop
 from jserve.errors import JserveError
 from jserve.server import wire
 
@@ -30,22 +30,26 @@ if TYPE_CHECKING:
 EngineMaker = Callable[[EngineConfig, "Progress"], "Engine"]
 
 
-def main(address: str, config: str, engine: str) -> int:
+def main(folder: str, config: str, engine: str) -> int:
     threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
-    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
-        socket.set_hwm(0)  # the front-end bounds what is under way; here nothing may be dropped or wait
-        socket.connect(address)
+    with zmq.Context() as context, context.socket(zmq.PULL) as commands, context.socket(zmq.PUSH) as events:
+        for name, socket in ((wire.COMMANDS, commands), (wire.EVENTS, events)):
+            socket.set_hwm(0)  # the front-end bounds what is under way; here nothing may be dropped or wait
+            socket.connect(wire.address(folder, name))
+
+        def send(event: wire.Event) -> None:
+            events.send(wire.encode(event))
+
         try:
             made = _maker(engine)(wire.config_from_json(config), RichProgress())
-            info = msgspec.convert(made.info, wire.EngineInfo, from_attributes=True)
-            socket.send(wire.encode(wire.Ready(info)))
-            EngineLoop(made, lambda block: _receive(socket, block), lambda event: _send(socket, event)).run()
+            send(wire.Ready(msgspec.convert(made.info, wire.EngineInfo, from_attributes=True)))
+            EngineLoop(made, lambda block: _receive(commands, block), send).run()
         except JserveError as error:
-            socket.send(wire.encode(wire.Failed(type(error).__name__, str(error))))
+            send(wire.Failed(type(error).__name__, str(error)))
             return 1
         except Exception as error:
             traceback.print_exc()  # a defect of ours: whoever runs the server can report it
-            socket.send(wire.encode(wire.Failed("Unavailable", f"the engine failed: {type(error).__name__}: {error}")))
+            send(wire.Failed("Unavailable", f"the engine failed: {type(error).__name__}: {error}"))
             return 1
     return 0
 
@@ -67,10 +71,6 @@ def _receive(socket: zmq.Socket[bytes], block: bool) -> Iterator[Command]:
             yield wire.decode_command(socket.recv(zmq.NOBLOCK))
         except zmq.Again:
             return
-
-
-def _send(socket: zmq.Socket[bytes], event: Event) -> None:
-    socket.send(wire.encode(event))
 
 
 def _die_with_parent() -> None:

@@ -1,6 +1,6 @@
 """The front-end process: gRPC, health, reflection, tokenizer. It starts and watches the engine process.
 
-Its life: bind the port, load the model (health says NOT_SERVING), serve, drain on SIGTERM or SIGINT, end.
+Its life: find the model, load it (health says NOT_SERVING), serve, drain on SIGTERM or SIGINT, end.
 JAX is never imported here.
 """
 
@@ -34,6 +34,7 @@ from jserve.tokenizer import Tokenizer
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Jserve"].full_name
 _REFLECTED = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+_PENDING_CALLS = 1_000_000
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
     ("grpc.max_receive_message_length", -1),
@@ -41,6 +42,8 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),  # a client that vanished without a word is noticed
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.server.max_pending_requests", _PENDING_CALLS),  # gRPC would cancel a burst beyond 1000 without a reason
+    ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
     ("grpc.http2.max_ping_strikes", 0),  # clients that ping during a long decode are welcome
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
@@ -48,14 +51,20 @@ _OPTIONS = (
 
 def serve(config: EngineConfig, server: ServerConfig, engine: str = REAL_ENGINE) -> int:
     """Serve until told to stop, then return 0. Raises the JserveError that kept or stopped it from serving."""
-    return asyncio.run(FrontEnd(config, server, engine).run())
+    _check_free(server.host, server.port)
+    progress = RichProgress()
+    for line in [*describe(server, "server."), *describe(config)]:
+        progress.note(f"  {line}")
+    path = resolve_model(config.model, progress)  # may download: here, where Ctrl-C simply ends it
+    return asyncio.run(FrontEnd(config, server, path, engine).run())
 
 
 class FrontEnd:
     """One server's life."""
 
-    def __init__(self, config: EngineConfig, server: ServerConfig, engine: str) -> None:
+    def __init__(self, config: EngineConfig, server: ServerConfig, path: Path, engine: str) -> None:
         self._config = config
+        self._path = path
         self._server_config = server
         self._engine_maker = engine
         self._servicer = JserveServicer()
@@ -72,12 +81,9 @@ class FrontEnd:
         await grpc_server.start()
         engine: EngineClient | None = None
         try:
-            progress = RichProgress()
-            for line in [*describe(self._server_config, "server."), *describe(self._config)]:
-                progress.note(f"  {line}")
-            path = await asyncio.to_thread(resolve_model, self._config.model, progress)
-            engine = await EngineClient.start(dataclasses.replace(self._config, model=str(path)), self._engine_maker)
-            if await self._load(engine, path):
+            found = dataclasses.replace(self._config, model=str(self._path))
+            engine = await EngineClient.start(found, self._engine_maker)
+            if await self._load(engine):
                 await self._say(health_pb2.HealthCheckResponse.SERVING)
                 took_s = time.perf_counter() - start_s
                 print(f"jserve: ready on {self._server_config.host}:{port} ({took_s:.1f} s)", flush=True)
@@ -92,19 +98,19 @@ class FrontEnd:
     # --- start ------------------------------------------------------------------------------------------------------
 
     def _bind(self) -> tuple[grpc.aio.Server, int]:
-        """Before anything slow: a port in use is told at once."""
         server = grpc.aio.server(interceptors=(RefuseMalformed(),), options=_OPTIONS)
         pb_grpc.add_JserveServicer_to_server(self._servicer, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(_REFLECTED, server)
-        host, port = self._server_config.host, self._server_config.port
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        _check_free(host, port, address)
-        return server, server.add_insecure_port(address)
+        address = _address(self._server_config.host, self._server_config.port)
+        try:
+            return server, server.add_insecure_port(address)
+        except RuntimeError as error:  # taken since we looked
+            raise ConfigError(f"cannot listen on {address}: {error}") from None
 
-    async def _load(self, engine: EngineClient, path: Path) -> bool:
+    async def _load(self, engine: EngineClient) -> bool:
         """Tokenizer here while the engine loads there. False if told to stop meanwhile."""
-        loading = asyncio.gather(engine.ready(), asyncio.to_thread(Tokenizer.load, path))
+        loading = asyncio.gather(engine.ready(), asyncio.to_thread(Tokenizer.load, self._path))
         stopped = asyncio.ensure_future(self._stop.wait())
         both: list[asyncio.Future[Any]] = [loading, stopped]
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -161,13 +167,20 @@ class FrontEnd:
             await self._health.set(service, status)
 
 
-def _check_free(host: str, port: int, address: str) -> None:
-    """gRPC would report a port in use as well, but in several lines of its own."""
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _check_free(host: str, port: int) -> None:
+    """Before anything slow. gRPC would report a port in use as well, but in several lines of its own."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            problem, way_out = "the port is in use", "choose another --port (0 takes a free one), or stop the other server"
+            problem, way_out = (
+                "the port is in use",
+                "choose another --port (0 takes a free one), or stop the other server",
+            )
         else:
-            problem, way_out = error.strerror, "choose another --host or --port"
-        raise ConfigError(f"cannot listen on {address}: {problem}; {way_out}") from None
+            problem, way_out = error.strerror or str(error), "choose another --host or --port"
+        raise ConfigError(f"cannot listen on {_address(host, port)}: {problem}; {way_out}") from None

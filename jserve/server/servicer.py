@@ -25,6 +25,8 @@ from jserve.tokenizer import LONG_TEXT_CHARS
 
 T = TypeVar("T")
 
+_MESSAGE_CHARS = 32  # what a template puts around one
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -171,7 +173,8 @@ async def _write(
 
 
 async def _encode_chat(intake: Intake, messages: Sequence[Message]) -> list[int]:
-    return await _off_loop(sum(len(m["content"]) for m in messages), lambda: intake.of_messages(messages))
+    chars = sum(len(message["content"]) + _MESSAGE_CHARS for message in messages)
+    return await _off_loop(chars, lambda: intake.of_messages(messages))
 
 
 async def _off_loop(chars: int, work: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""What the front-end process and the engine process say to each other: msgpack over one ZeroMQ pair socket.
+"""What the front-end process and the engine process say to each other: msgpack over two ZeroMQ sockets, one each way.
 
 The engine's commands and events are those of `jserve.engine_loop`; here are the two of a process's start and end.
 """
@@ -42,6 +42,14 @@ Event = Outputs | TellStats | Ready | Failed
 _encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _events: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+
+COMMANDS, EVENTS = "commands", "events"
+
+
+def address(folder: str, name: str) -> str:
+    """Of a socket in a folder that only this user can enter."""
+    return f"ipc://{folder}/{name}"
 
 
 def encode(message: Command | Event) -> bytes:

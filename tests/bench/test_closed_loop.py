@@ -12,7 +12,7 @@ import pytest
 
 from bench.closed_loop import Run, Turn, percentile, play, replay, warm_up
 from bench.transports import ChatError, OpenAITransport, Usage
-from bench.workload import Dialogue
+from bench.workload import Dialogue, WorkloadError
 
 spec = importlib.util.spec_from_file_location("fake_openai", Path(__file__).with_name("fake_openai.py"))
 assert spec is not None
@@ -139,5 +139,5 @@ def test_percentiles_are_values_that_were_seen() -> None:
     assert percentile(values, 50) == 10.0
     assert percentile(values, 95) == 19.0
     assert percentile([3.0], 95) == 3.0
-    with pytest.raises(ValueError, match="more dialogues"):
+    with pytest.raises(WorkloadError, match="more dialogues"):
         percentile([], 50)

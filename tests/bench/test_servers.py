@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.noise import Noise
 from bench.servers import Server, ServerError, free_port, http_ready
 
 SERVE = """
@@ -73,6 +74,14 @@ def test_a_paused_server_can_be_ended_with_its_children(server: Server) -> None:
     server.stop()
     assert server.process.returncode is not None
     assert settles(child, "Z gone")
+
+
+def test_what_a_server_and_we_take_is_not_noise(server: Server) -> None:
+    noise = Noise(server)
+    deadline = time.process_time() + 0.3
+    while time.process_time() < deadline:
+        pass
+    assert 0 <= noise.others_cores() <= (os.cpu_count() or 1)
 
 
 def test_a_server_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:

@@ -31,3 +31,14 @@ def write_byte_model(directory: Path, template: str | None = CHATML) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     byte_tokenizer(template).save(directory)
     return directory
+
+
+def ascii_tokenizer() -> Tokenizer:
+    """For the tiny models of 128 tokens: ids 0 to 2 are special (2 ends a turn), then newline and printable ASCII."""
+    chars = [chr(code) for code in range(33, 127)]
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "\u010a", "\u0120", *chars]  # byte-level for newline, space
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(words[:3])
+    return Tokenizer(backend, (2,), ChatTemplate(CHATML, {}))

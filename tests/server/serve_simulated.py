@@ -1,4 +1,4 @@
-"""`jserve serve`, but with the simulated engine in its engine process."""
+"""`jserve serve`, but with an engine of simulated_engine.py, the first argument, in its engine process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import jserve.server.frontend
 from jserve.cli import main
 
-jserve.server.frontend.serve = functools.partial(jserve.server.frontend.serve, engine="simulated_engine:make")
-
 if __name__ == "__main__":
-    sys.exit(main(["serve", *sys.argv[1:]]))
+    maker = f"simulated_engine:{sys.argv[1]}"
+    jserve.server.frontend.serve = functools.partial(jserve.server.frontend.serve, engine=maker)
+    sys.exit(main(["serve", *sys.argv[2:]]))

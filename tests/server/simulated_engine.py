@@ -38,3 +38,9 @@ def make(config: EngineConfig, progress: Progress) -> Engine:
     executor = PacedExecutor(clock, blocks, size, BYTES)
     info = EngineInfo("simulated", "simulated", VOCAB, CONTEXT, size, blocks, "none", "simulated", 0, 0)
     return Engine(config, info, executor, clock)
+
+
+def make_slowly(config: EngineConfig, progress: Progress) -> Engine:
+    """Loads for longer than any test waits."""
+    time.sleep(120)
+    return make(config, progress)

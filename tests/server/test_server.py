@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from byte_model import EOS, byte_tokenizer, write_byte_model
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from running_server import HERE, Server, start
 from simulated_engine import BYTES, CONTEXT, POISON, STEP_S
 
 from jserve.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable, Unsupported
@@ -81,7 +84,7 @@ def test_requests_of_another_salt_share_nothing(client: Client) -> None:
     assert client.generate(prompt, max_tokens=1, cache_salt="a").cached_tokens > 0
 
 
-def test_n_continuations_share_the_prompt_and_count_it_once(server: Any, client: Client) -> None:
+def test_n_continuations_share_the_prompt_and_count_it_once(server: Server, client: Client) -> None:
     before = server.idle_stats()
     prompt = "several answers to one prompt, which is computed only once for all of them."
     result = client.generate(prompt, max_tokens=9, n=4)
@@ -91,7 +94,7 @@ def test_n_continuations_share_the_prompt_and_count_it_once(server: Any, client:
     assert after["prefill_tokens"] - before["prefill_tokens"] < 2 * len(prompt)
 
 
-def test_a_stop_string_ends_the_text_before_it_and_frees_the_request(server: Any, client: Client) -> None:
+def test_a_stop_string_ends_the_text_before_it_and_frees_the_request(server: Server, client: Client) -> None:
     whole = client.generate("where does it stop", max_tokens=60)
     stop = whole.text[20:23]
     cut = client.generate("where does it stop", max_tokens=LONG, stop=["never in it", stop])
@@ -160,7 +163,7 @@ def test_a_prompt_longer_than_the_context_is_refused(client: Client) -> None:
         client.generate("x" * 10_000_000)
 
 
-def test_a_prompt_longer_than_the_pool_is_refused(start_server: Any) -> None:
+def test_a_prompt_longer_than_the_pool_is_refused(start_server: Server) -> None:
     with start_server("--device-blocks", "4").client() as client:
         with pytest.raises(InvalidRequest, match="pool of 4 blocks"):
             client.generate("x" * 64)
@@ -171,11 +174,11 @@ def test_a_prompt_longer_than_the_pool_is_refused(start_server: Any) -> None:
 def test_a_token_outside_the_vocabulary_is_refused(client: Client) -> None:
     with pytest.raises(InvalidRequest, match="token id 5000"):
         client.generate([1, 5000])
-    with pytest.raises(InvalidRequest, match="token ids"):
+    with pytest.raises(InvalidRequest, match="cannot be sent"):
         client.generate([1, -1])
 
 
-def test_unknown_roles_and_empty_conversations_are_refused(server: Any) -> None:
+def test_unknown_roles_and_empty_conversations_are_refused(server: Server) -> None:
     with grpc.insecure_channel(server.target) as channel:
         stub = pb_grpc.JserveStub(channel)
         for messages, named in (
@@ -189,7 +192,7 @@ def test_unknown_roles_and_empty_conversations_are_refused(server: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["Generate", "Tokenize"])
-def test_bytes_that_are_not_utf8_are_an_invalid_argument(server: Any, client: Client, method: str) -> None:
+def test_bytes_that_are_not_utf8_are_an_invalid_argument(server: Server, client: Client, method: str) -> None:
     text_field, bad = (2 << 3) | 2, b"\xff\xfe"
     with grpc.insecure_channel(server.target) as channel:
         path = f"/jserve.v1.Jserve/{method}"
@@ -200,14 +203,22 @@ def test_bytes_that_are_not_utf8_are_an_invalid_argument(server: Any, client: Cl
     assert client.generate("alive", max_tokens=1).output_tokens == 1
 
 
-def test_another_model_is_not_found(server: Any, client: Client, byte_model: Path) -> None:
+def test_half_a_unicode_pair_is_refused_before_it_is_sent(client: Client) -> None:
+    for ask in (client.generate, client.tokenize):
+        with pytest.raises(InvalidRequest, match="cannot be sent"):
+            ask("half \ud800")
+    with pytest.raises(InvalidRequest, match="cannot be sent"):
+        client.chat([{"role": "user", "content": "half \ud800"}])
+
+
+def test_another_model_is_not_found(server: Server, client: Client, byte_model: Path) -> None:
     with pytest.raises(NotFound, match="'gpt-9' is not served here"):
         client.generate("x", model="gpt-9")
     for name in ("simulated", str(byte_model)):
         assert client.generate("x", model=name, max_tokens=1).output_tokens == 1
 
 
-def test_without_a_chat_template_chat_says_so_and_generate_works(start_server: Any, tmp_path: Path) -> None:
+def test_without_a_chat_template_chat_says_so_and_generate_works(start_server: Server, tmp_path: Path) -> None:
     model = write_byte_model(tmp_path / "plain", template=None)
     with start_server("--model", str(model)).client() as client:
         with pytest.raises(Unsupported, match="no chat template"):
@@ -219,7 +230,7 @@ def test_without_a_chat_template_chat_says_so_and_generate_works(start_server: A
 # --- leaving early ----------------------------------------------------------------------------------------------------
 
 
-def test_a_cancelled_stream_frees_everything(server: Any, client: Client) -> None:
+def test_a_cancelled_stream_frees_everything(server: Server, client: Client) -> None:
     before = server.idle_stats()
     with client.generate("cancel me", max_tokens=LONG, n=2, stream=True) as stream:
         for _ in range(5):
@@ -229,13 +240,13 @@ def test_a_cancelled_stream_frees_everything(server: Any, client: Client) -> Non
     assert after["requests_aborted"] - before["requests_aborted"] in (1, 2)
 
 
-def test_a_stream_that_nobody_reads_is_cancelled_with_its_object(server: Any, client: Client) -> None:
+def test_a_stream_that_nobody_reads_is_cancelled_with_its_object(server: Server, client: Client) -> None:
     stream = client.generate("forgotten", max_tokens=LONG, stream=True)
     del stream
     server.idle_stats()
 
 
-def test_the_deadline_of_a_call_ends_its_request(server: Any, client: Client) -> None:
+def test_the_deadline_of_a_call_ends_its_request(server: Server, client: Client) -> None:
     started = time.perf_counter()
     with pytest.raises(DeadlineExceeded):
         client.generate("too slow", max_tokens=LONG, timeout_s=0.3)
@@ -243,7 +254,7 @@ def test_the_deadline_of_a_call_ends_its_request(server: Any, client: Client) ->
     server.idle_stats()
 
 
-def test_a_client_that_vanishes_leaves_nothing_behind(server: Any) -> None:
+def test_a_client_that_vanishes_leaves_nothing_behind(server: Server) -> None:
     before = server.idle_stats()
     program = (
         "import os; from jserve.server.client import Client\n"
@@ -254,10 +265,32 @@ def test_a_client_that_vanishes_leaves_nothing_behind(server: Any) -> None:
     assert server.idle_stats()["requests_aborted"] == before["requests_aborted"] + 1
 
 
+def test_a_conversation_may_come_from_standard_input(server: Server, client: Client) -> None:
+    command = [sys.executable, "-m", "jserve.cli", "chat", "--target", server.target, "--max-tokens", "8", "--json"]
+    done = subprocess.run(command, input="Hi!\n\nAnd?\n", capture_output=True, text=True, timeout=30)
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    turn = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": first["text"]}]
+    asked = [*turn, {"role": "user", "content": "And?"}]
+    assert second["text"] == client.chat(asked, max_tokens=8).text
+    assert done.returncode == 0
+
+
+def test_ctrl_c_in_the_middle_of_an_answer_ends_it_here_and_there(server: Server) -> None:
+    command = [sys.executable, "-m", "jserve.cli", "chat", "--target", server.target, "-m", "talk"]
+    chat = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert chat.stdout is not None
+    assert chat.stdout.read(1)
+    chat.send_signal(signal.SIGINT)
+    _, err = chat.communicate(timeout=10)
+    assert chat.returncode == 130
+    assert b"Traceback" not in err
+    server.idle_stats()
+
+
 # --- load -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_flood_is_refused_beyond_the_queue_and_the_server_lives(start_server: Any) -> None:
+def test_a_flood_is_refused_beyond_the_queue_and_the_server_lives(start_server: Server) -> None:
     server = start_server("--max-running", "8", "--max-waiting", "56")
     codes = asyncio.run(flood(server.target, 10_000))
     assert sum(codes.values()) == 10_000
@@ -273,7 +306,7 @@ async def flood(target: str, count: int) -> Counter[grpc.StatusCode]:
     request = pb.GenerateRequest(text="flood", sampling=pb.SamplingParams(max_tokens=30))
     async with grpc.aio.insecure_channel(target) as channel:
         calls = [pb_grpc.JserveStub(channel).Generate(request) for _ in range(count)]
-        return Counter(await asyncio.gather(*map(end_of, calls)))
+        return Counter(await asyncio.wait_for(asyncio.gather(*map(end_of, calls)), 120))
 
 
 async def end_of(call: Any) -> grpc.StatusCode:
@@ -301,7 +334,7 @@ def health_of(target: str, service: str = "") -> int:
         return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
 
 
-def test_health_and_reflection_are_served(server: Any) -> None:
+def test_health_and_reflection_are_served(server: Server) -> None:
     assert (
         health_of(server.target)
         == health_of(server.target, "jserve.v1.Jserve")
@@ -314,7 +347,25 @@ def test_health_and_reflection_are_served(server: Any) -> None:
     assert {method.name for method in service.methods} >= {"Generate", "Chat", "Tokenize", "GetModelInfo"}
 
 
-def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start_server: Any) -> None:
+def test_while_it_loads_a_server_says_so_and_can_be_stopped(byte_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = [str(HERE / "serve_simulated.py"), "make_slowly"]
+    process = start(script, "--port", str(port), "--model", str(byte_model))
+    target = f"127.0.0.1:{port}"
+    with grpc.insecure_channel(target) as channel:
+        grpc.channel_ready_future(channel).result(timeout=30)
+    assert health_of(target) == health_pb2.HealthCheckResponse.NOT_SERVING
+    with Client(target) as client:
+        for ask in (lambda: client.generate("x"), client.model_info, client.stats):
+            with pytest.raises(Unavailable, match="the model is loading"):
+                ask()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, "")
+
+
+def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start_server: Server) -> None:
     server = start_server()
     with server.client() as client, client.generate("drain", max_tokens=400, stream=True) as stream:
         next(stream)
@@ -327,7 +378,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start_server:
     assert server.wait() == 0
 
 
-def test_what_is_not_done_within_the_drain_timeout_is_cancelled(start_server: Any) -> None:
+def test_what_is_not_done_within_the_drain_timeout_is_cancelled(start_server: Server) -> None:
     server = start_server("--drain-timeout", "0.2")
     with server.client() as client, client.generate("drain", max_tokens=CONTEXT, stream=True) as stream:
         next(stream)
@@ -337,7 +388,7 @@ def test_what_is_not_done_within_the_drain_timeout_is_cancelled(start_server: An
     assert server.wait() == 0
 
 
-def test_if_the_engine_dies_every_stream_ends_and_the_server_stops(start_server: Any) -> None:
+def test_if_the_engine_dies_every_stream_ends_and_the_server_stops(start_server: Server) -> None:
     server = start_server()
     with server.client() as client, client.generate("innocent", max_tokens=LONG, stream=True) as stream:
         next(stream)
@@ -349,7 +400,7 @@ def test_if_the_engine_dies_every_stream_ends_and_the_server_stops(start_server:
     assert server.last_line() == "jserve: the server stops: the engine process ended with code 17"
 
 
-def test_if_the_front_end_is_killed_the_engine_goes_too(start_server: Any) -> None:
+def test_if_the_front_end_is_killed_the_engine_goes_too(start_server: Server) -> None:
     server = start_server()
     (engine,) = children_of(server.process.pid)
     server.signal(signal.SIGKILL)
@@ -361,7 +412,7 @@ def test_if_the_front_end_is_killed_the_engine_goes_too(start_server: Any) -> No
     raise AssertionError(f"engine process {engine} outlives its parent")
 
 
-def test_neither_process_is_busy_when_nobody_asks(server: Any) -> None:
+def test_neither_process_is_busy_when_nobody_asks(server: Server) -> None:
     server.idle_stats()
     pids = [server.process.pid, *children_of(server.process.pid)]
     before = [cpu_s(pid) for pid in pids]
@@ -369,7 +420,7 @@ def test_neither_process_is_busy_when_nobody_asks(server: Any) -> None:
     assert all(cpu_s(pid) - start < 0.1 for pid, start in zip(pids, before, strict=True))
 
 
-def test_a_port_in_use_is_told_at_once(server: Any, tmp_path: Path) -> None:
+def test_a_port_in_use_is_told_at_once(server: Server, tmp_path: Path) -> None:
     port = server.target.rpartition(":")[2]
     command = [sys.executable, "-m", "jserve.cli", "serve", "--port", port, "--model", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -378,7 +429,7 @@ def test_a_port_in_use_is_told_at_once(server: Any, tmp_path: Path) -> None:
     assert done.stderr == f"{said}, or stop the other server\n"
 
 
-def test_a_model_without_a_tokenizer_is_named(start_server: Any, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_named(start_server: Server, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"(?s)code 2.*has no tokenizer: looked for tokenizer.json") as failed:
         start_server("--model", str(tmp_path))
     assert "Traceback" not in str(failed.value)

@@ -85,6 +85,8 @@ class EngineStats:
     requests_rejected: int
     host_step_ms_p50: float
     compiles_after_warmup: int
+    weight_bytes: int
+    pool_bytes: int
 
 
 class Engine:
@@ -264,6 +266,8 @@ class Engine:
             requests_rejected=self._rejects,
             host_step_ms_p50=1e3 * median([r.host_s for r in self._records]) if self._records else 0.0,
             compiles_after_warmup=getattr(self.executor, "compiles_after_warmup", 0),
+            weight_bytes=self.info.weight_bytes,
+            pool_bytes=self.info.pool_bytes,
         )
 
     def step_records(self) -> list[StepRecord]:

@@ -38,6 +38,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [
         sys.executable,
         str(SIMULATED / "serve_simulated.py"),
+        "make",
         "--port",
         str(port),
         "--model",

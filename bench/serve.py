@@ -26,7 +26,7 @@ from bench.systems import Jserve, bench_flags
 from bench.transports import ChatError, JserveTransport
 from bench.workload import Dialogue, Workload, WorkloadError, load
 
-DIALOGUES_AT_LEAST = 4
+DIALOGUES_AT_LEAST = 8
 MEMORY_UNKNOWN = "needs a server that this benchmark started, whose GetStats tells weight_bytes and pool_bytes"
 
 
@@ -185,7 +185,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="for the started server; the embedded default if left out")
     parser.add_argument("--dialogues", type=Path, metavar="FILE", help="jsonl or jsonl.gz of dialogues")
     parser.add_argument(
-        "--concurrency", type=int, nargs="+", default=[8], metavar="C", help="users; several: one level each"
+        "--concurrency", type=int, nargs="+", default=[1, 8, 16], metavar="C", help="users, one level each (1 8 16)"
     )
     parser.add_argument("--dialogues-per-user", type=int, default=3, metavar="N", help="default 3")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of each reply, exactly (default 64)")

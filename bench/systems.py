@@ -61,14 +61,14 @@ class Jserve:
     def start(self, logs: Path, users: int) -> Server:
         port = free_port()
         self.target = f"127.0.0.1:{port}"
-        command = [sys.executable, "-m", "jserve.cli", "serve", "--port", str(port), *self.flags]
+        command = [sys.executable, "-P", "-m", "jserve.cli", "serve", "--port", str(port), *self.flags]
         return Server.start(self.name, command, grpc_ready(self.target), logs / f"{self.name}.log")
 
     def transport(self) -> JserveTransport:
         return JserveTransport(self.target)
 
 
-def bench_flags(model: str | None, block_tokens: int = 16) -> list[str]:
+def bench_flags(model: str | None, block_tokens: int = 8) -> list[str]:
     """The model (None: the embedded default) with a pool of POOL_TOKENS."""
     named = ["--model", model] if model else []
     return [*named, "--block-size", str(block_tokens), "--device-blocks", str(POOL_TOKENS // block_tokens)]

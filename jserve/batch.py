@@ -126,8 +126,8 @@ def unpack_head(words: Int32[Array, "words"], rows: int) -> Head:
     return Head(words[:3], words[3 : 3 + rows], words[3 + rows :])
 
 
-TOKEN_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144)
-ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+TOKEN_BUCKETS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+ROW_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def buckets_up_to(most: int, buckets: tuple[int, ...]) -> tuple[int, ...]:

@@ -28,17 +28,22 @@ def cache_root() -> Path:
 class CacheConfig:
     """The paged KV cache on the device."""
 
-    block_size: int = 16
-    """Tokens in a block."""
+    block_size: int | None = None
+    """Tokens in a block; None is 8 on CPU, where small blocks cost nothing and keep more of a history, else 16."""
     device_blocks: int | None = None
-    """Blocks of the device pool; None sizes it after warm-up from the memory that is really free."""
+    """Blocks of the device pool; None: from the memory that is free beside weights and temporaries, on CPU 2 GiB."""
     memory_fraction: float = 0.9
     """Share of the free device memory that the pool may take when `device_blocks` is None."""
     prefix_cache: bool = True
     """Reuse the KV of earlier requests with the same prefix."""
 
     def __post_init__(self) -> None:
-        _check(self.block_size >= 1, "cache.block_size", self.block_size, "use at least 1; 16 is a good choice")
+        _check(
+            self.block_size is None or self.block_size >= 1,
+            "cache.block_size",
+            self.block_size,
+            "use at least 1, or leave it out",
+        )
         _check(
             self.device_blocks is None or self.device_blocks >= 1,
             "cache.device_blocks",
@@ -54,15 +59,16 @@ class SchedConfig:
 
     max_running: int = 64
     """Requests that may run at once: rows of a decode batch."""
-    token_budget: int = 512
-    """Tokens of one step: decodes first, then prefill chunks. Bounds how long a prompt delays the others' tokens."""
+    token_budget: int | None = None
+    """Tokens of one step: decodes first, then prefill chunks. Bounds how long a prompt delays the others' tokens.
+    None is 256 on CPU, else 2048."""
     max_waiting: int = 1024
     """Requests that may wait; one more is refused with RESOURCE_EXHAUSTED."""
 
     def __post_init__(self) -> None:
         _check(self.max_running >= 1, "sched.max_running", self.max_running, "use at least 1")
         _check(
-            self.token_budget >= self.max_running,
+            self.token_budget is None or self.token_budget >= self.max_running,
             "sched.token_budget",
             self.token_budget,
             f"use at least max_running ({self.max_running}): every running request decodes one token a step",

@@ -14,6 +14,26 @@ from jserve.request import TokenLogprobs
 from jserve.sched.plan import StepPlan
 
 
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine serves, and within which limits."""
+
+    model: str
+    fingerprint: str
+    """Part of every block's key: the model's name, shape and dtype. Not its weights: it may not outlive the process."""
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    device_blocks: int
+    token_budget: int
+    """Tokens of one step at most."""
+    dtype: str
+    backend: str
+    """Platform and attention backend, as in `cpu/native`."""
+    weight_bytes: int
+    pool_bytes: int
+
+
 @dataclass(slots=True)
 class StepResult:
     """What a step has sampled: one entry for each of the plan's sampling rows, in their order."""
@@ -26,6 +46,10 @@ class StepResult:
 class LaunchedStep(Protocol):
     """A step on its way."""
 
+    @property
+    def pack_s(self) -> float:
+        """Host time that packing it has taken."""
+
     def read(self) -> StepResult:
         """Wait for the step's end. Called once."""
 
@@ -33,8 +57,15 @@ class LaunchedStep(Protocol):
 class Executor(Protocol):
     """Runs step plans, in launch order."""
 
+    @property
+    def compiles_after_warmup(self) -> int:
+        """Programs compiled while serving: 0, or something is wrong."""
+
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Start a step and return at once. The plan's sequences may change afterwards."""
+
+    def close(self) -> None:
+        """Give the device back. Called once, with no step under way."""
 
 
 @dataclass(frozen=True, slots=True)

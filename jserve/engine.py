@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from jserve.cache.block_keys import root_key
 from jserve.cache.kv_cache import BlockTable, KVCache
 from jserve.config import EngineConfig
-from jserve.doors import Clock, Executor, LaunchedStep, StepResult, SystemClock
+from jserve.doors import Clock, EngineInfo, Executor, LaunchedStep, StepResult, SystemClock
 from jserve.errors import InvalidRequest, Overloaded
-from jserve.request import EngineOutput, EngineRequest
+from jserve.request import MAX_STOP_IDS, EngineOutput, EngineRequest
 from jserve.sched.plan import StepPlan
 from jserve.sched.scheduler import Scheduler
 from jserve.sched.sequence import Phase, Sequence
@@ -27,24 +27,6 @@ if TYPE_CHECKING:
     from jserve.progress import Progress
 
 STEP_RECORDS = 1024
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What an engine serves, and within which limits."""
-
-    model: str
-    fingerprint: str
-    """Part of every block's key: model, weights, dtype."""
-    vocab_size: int
-    max_model_len: int
-    block_size: int
-    device_blocks: int
-    dtype: str
-    backend: str
-    """Platform and attention backend, as in `cpu/native`."""
-    weight_bytes: int
-    pool_bytes: int
 
 
 @dataclass(frozen=True)
@@ -104,7 +86,7 @@ class Engine:
         self.executor = executor
         self.clock = clock or SystemClock()
         self.cache = KVCache(info.device_blocks, info.block_size, reuse=config.cache.prefix_cache)
-        self.scheduler = Scheduler(config.sched, self.cache)
+        self.scheduler = Scheduler(self.cache, max_running=config.sched.max_running, token_budget=info.token_budget)
         self._sequences: dict[str, Sequence] = {}
         self._roots: dict[str, bytes] = {}
         self._launched: tuple[StepPlan, LaunchedStep, float] | None = None
@@ -147,6 +129,8 @@ class Engine:
         if not 0 <= min(prompt) <= max(prompt) < self.info.vocab_size:
             wrong = next(t for t in prompt if not 0 <= t < self.info.vocab_size)
             raise InvalidRequest(f"token id {wrong} is outside the vocabulary: use 0 to {self.info.vocab_size - 1}")
+        if len(request.stop_token_ids) > MAX_STOP_IDS:
+            raise InvalidRequest(f"{len(request.stop_token_ids)} token ids end the request: use at most {MAX_STOP_IDS}")
         request.sampling.check(self.info.vocab_size)
         if len(self.scheduler.waiting) >= self.config.sched.max_waiting:
             waiting = len(self.scheduler.waiting)
@@ -215,9 +199,7 @@ class Engine:
         result = launched.read()
         start = self.clock.now()
         outputs = self._outputs(plan, result)
-        record = StepRecord(
-            plan.num_tokens, len(plan.rows), schedule_s, getattr(launched, "pack_s", 0.0), self.clock.now() - start
-        )
+        record = StepRecord(plan.num_tokens, len(plan.rows), schedule_s, launched.pack_s, self.clock.now() - start)
         self._records.append(record)
         return outputs
 
@@ -265,7 +247,7 @@ class Engine:
             requests_aborted=self._aborts,
             requests_rejected=self._rejects,
             host_step_ms_p50=1e3 * median([r.host_s for r in self._records]) if self._records else 0.0,
-            compiles_after_warmup=getattr(self.executor, "compiles_after_warmup", 0),
+            compiles_after_warmup=self.executor.compiles_after_warmup,
             weight_bytes=self.info.weight_bytes,
             pool_bytes=self.info.pool_bytes,
         )
@@ -280,9 +262,7 @@ class Engine:
             self.abort(request_id)
         while self.has_work:
             self.step()
-        close: Any = getattr(self.executor, "close", None)
-        if close is not None:
-            close()
+        self.executor.close()
 
 
 def _last_output(sequence: Sequence, token_ids: list[int], logprobs: Any) -> EngineOutput:

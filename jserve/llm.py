@@ -29,7 +29,8 @@ from jserve.settings import engine_config
 from jserve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from jserve.engine import Engine, EngineInfo
+    from jserve.doors import EngineInfo
+    from jserve.engine import Engine
 
 
 class LLM:
@@ -106,7 +107,7 @@ class LLM:
         self, prompt: str | Sequence[int], *, stream: bool = False, cache_salt: str = "", **sampling: Any
     ) -> Result | ResultStream:
         """What follows a text, or token ids."""
-        token_ids = self._intake.of_text(prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids = self._intake.of_text(prompt) if isinstance(prompt, str) else self._intake.of_token_ids(prompt)
         return self._run(token_ids, stream, cache_salt, sampling)
 
     def stats(self) -> dict[str, float]:

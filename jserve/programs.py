@@ -65,6 +65,9 @@ class CompileCounter:
     def reset(self) -> None:
         self.count = 0
 
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
 
 class Programs:
     """The jitted functions for one model on one mesh. Holds no device memory but the shapes of it."""
@@ -166,6 +169,9 @@ class Programs:
         make = jax.jit(empty_state, static_argnums=(0, 1), out_shardings=self.replicated)
         state: SamplingState = make(self.limits.slots, self.spec.vocab_size)
         return state
+
+    def state_bytes(self) -> int:
+        return sum(x.size * x.dtype.itemsize for x in self._state_shapes())
 
     # --- compiling ----------------------------------------------------------------------------------------------
 

@@ -8,7 +8,9 @@ on the device, so that the next step can be launched before anybody has read it.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,7 @@ from jax.sharding import AxisType, Mesh
 
 from jserve.batch import ROW_BUCKETS, TOKEN_BUCKETS, Limits, bucket_for, buckets_up_to, pack_forward, pack_head
 from jserve.config import EngineConfig, cache_root
-from jserve.doors import StepResult
-from jserve.engine import EngineInfo
+from jserve.doors import EngineInfo, StepResult
 from jserve.errors import ConfigError
 from jserve.models.spec import ModelSpec
 from jserve.pallas_kernels.backends import check_supported, choose_backend
@@ -33,6 +34,8 @@ from jserve.request import TokenLogprobs
 from jserve.sampling import Sampled, count_tokens, flags_of, needs_counts, pack_slot
 from jserve.sched.plan import Row, StepPlan
 from jserve.sched.sequence import Sequence
+
+_SLOW = {("cpu", "xla"): " (about ten times slower than native, which needs a C++ compiler: install one, such as g++)"}
 
 CPU_POOL_BYTES = 2 << 30
 """On CPU, the pool's size when the user names none: memory is shared there, so its free part is no measure."""
@@ -75,16 +78,21 @@ class Runner:
         self.weight_bytes = sum(x.nbytes for x in self._leaves)
         self._backend = choose_backend(config.runner.attention_backend, platform)
         check_supported(self._backend, head_dim=spec.head_dim, dtype=self._leaves[0].dtype)
-        self._token_buckets = _token_buckets(config)
+        progress.note(f"attention backend: {self._backend}" + _SLOW.get((platform, self._backend), ""))
+        token_budget = config.sched.token_budget or max(config.sched.max_running, 256 if platform == "cpu" else 2048)
+        self._token_buckets = _token_buckets(config.runner.token_buckets, token_budget)
         self._row_buckets = buckets_up_to(config.sched.max_running, ROW_BUCKETS)
         self._compiles = CompileCounter()
 
-        max_model_len = min(config.max_model_len or spec.max_position, spec.max_position)
+        max_model_len = config.max_model_len or spec.max_position
+        if max_model_len > spec.max_position:
+            raise ConfigError(
+                f"max_model_len is {max_model_len}, above the model's {spec.max_position}: lower it, or leave it out"
+            )
         self._model = model
         self.limits = self._size(max_model_len, platform)
         self.programs = Programs(model, spec, mesh, self.limits, self._backend)
-        self._k, self._v = self.programs.empty_pool(), self.programs.empty_pool()
-        self._state = self.programs.empty_state()
+        self._take_memory(platform)
         slots, blocks = self.limits.slots, self.limits.blocks_per_sequence
         self._tables = np.zeros((slots, blocks), np.int32)
         self._table_len = [0] * slots
@@ -94,8 +102,9 @@ class Runner:
             fingerprint=_fingerprint(name, spec, str(self.programs.dtype)),
             vocab_size=spec.vocab_size,
             max_model_len=max_model_len,
-            block_size=config.cache.block_size,
+            block_size=self.limits.block_size,
             device_blocks=self.limits.num_blocks,
+            token_budget=token_budget,
             dtype=str(self.programs.dtype),
             backend=f"{platform}/{self._backend}",
             weight_bytes=self.weight_bytes,
@@ -128,7 +137,8 @@ class Runner:
 
     def _size(self, max_model_len: int, platform: str) -> Limits:
         """The pool's size: as told, or what is free once the largest program has its temporaries."""
-        block_size, blocks = self.config.cache.block_size, self.config.cache.device_blocks
+        block_size = self.config.cache.block_size or (8 if platform == "cpu" else 16)
+        blocks = self.config.cache.device_blocks
         slots = self.config.sched.max_running
         per_sequence = -(-max_model_len // block_size)
         if blocks is None:
@@ -145,13 +155,31 @@ class Runner:
         return Limits(slots, per_sequence, block_size, blocks)
 
     def _free_bytes(self, platform: str, trial: Limits) -> int:
+        """What the pool may take: programs must be compiled for its size, so a trial tells their temporaries first."""
         if platform == "cpu":
             return min(CPU_POOL_BYTES, int(self.config.cache.memory_fraction * _available_host_bytes() / 2))
         programs = Programs(self._model, self.spec, self.mesh, trial, self._backend)
-        memory = programs.lower_forward(self._token_buckets[-1]).compile().memory_analysis()
+        largest = programs.lower_forward(self._token_buckets[-1]), programs.lower_head(self._row_buckets[-1])
+        temporaries = max(int(lowered.compile().memory_analysis().temp_size_in_bytes) for lowered in largest)
         stats = self.mesh.devices.flat[0].memory_stats()
-        free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"]) - int(memory.temp_size_in_bytes)
+        free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"]) - temporaries - programs.state_bytes()
         return int(self.config.cache.memory_fraction * free)
+
+    def _take_memory(self, platform: str) -> None:
+        layer_bytes = 2 * math.prod(self.programs.pool_shape()) * self.programs.dtype.itemsize
+        pool_bytes = self.spec.num_layers * layer_bytes
+        too_much = ConfigError(
+            f"the KV pool of {self.limits.num_blocks} blocks takes {pool_bytes / 2**30:.1f} GiB, too much here: "
+            "lower --device-blocks, or leave it out to size the pool from free memory"
+        )
+        if platform == "cpu" and pool_bytes > _available_host_bytes():
+            raise too_much  # the system would grant it, and kill us once it is used
+        try:
+            self._k, self._v = self.programs.empty_pool(), self.programs.empty_pool()
+            self._state = self.programs.empty_state()
+            jax.block_until_ready((self._k, self._v, self._state))
+        except jax.errors.JaxRuntimeError as error:
+            raise too_much from error
 
     # --- the Executor door --------------------------------------------------------------------------------------
 
@@ -214,6 +242,7 @@ class Runner:
 
     def close(self) -> None:
         """Free the device memory."""
+        self._compiles.close()
         for array in (*self._k, *self._v, *self._leaves, *self._state):
             array.delete()
 
@@ -258,22 +287,28 @@ def set_up_compile_cache(directory: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _token_buckets(config: EngineConfig) -> tuple[int, ...]:
-    buckets = config.runner.token_buckets
+def _token_buckets(buckets: tuple[int, ...] | None, token_budget: int) -> tuple[int, ...]:
     if buckets is None:
-        return buckets_up_to(config.sched.token_budget, TOKEN_BUCKETS)
+        return buckets_up_to(token_budget, TOKEN_BUCKETS)
     if not buckets or sorted(set(buckets)) != list(buckets) or buckets[0] < 1:
         raise ConfigError(f"runner.token_buckets is {buckets}: give token counts in rising order")
-    if buckets[-1] < config.sched.token_budget:
+    if buckets[-1] < token_budget:
         raise ConfigError(
-            f"runner.token_buckets ends at {buckets[-1]}, below the token budget of {config.sched.token_budget}: "
+            f"runner.token_buckets ends at {buckets[-1]}, below the token budget of {token_budget}: "
             "add a bucket of that size, or lower the budget"
         )
     return buckets
 
 
 def _available_host_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Memory that could be had without swapping, within the container's limit if there is one."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if meminfo.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
+        free = 1024 * int(found[1])
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, int(text))
+    return free
 
 
 def _fingerprint(name: str, spec: ModelSpec, dtype: str) -> str:

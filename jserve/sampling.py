@@ -16,10 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float32, Int32, UInt32
 
-from jserve.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
-
-MAX_STOP_IDS = 32
-"""The model's own end tokens and the request's, masked until min_tokens."""
+from jserve.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTS = 4  # top_k, seed (two words), min_tokens
@@ -70,9 +67,8 @@ def empty_state(slots: int, vocab_size: int) -> SamplingState:
 
 
 def flags_of(params: SamplingParams) -> Flags:
-    penalised = params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
     return Flags(
-        adjust=penalised or bool(params.logit_bias) or params.min_tokens > 0,
+        adjust=needs_counts(params) or bool(params.logit_bias) or params.min_tokens > 0,
         random=params.temperature > 0,
         logprobs=params.logprobs is not None,
     )
@@ -97,7 +93,7 @@ def pack_slot(slot: int, params: SamplingParams, stop_ids: frozenset[int], vocab
     words[at : at + _INTS] = (params.top_k, high, low, params.min_tokens)
     at += _INTS
     words[at : at + MAX_STOP_IDS + MAX_LOGIT_BIAS] = vocab_size  # out of range: dropped
-    stops = sorted(stop_ids)[:MAX_STOP_IDS]
+    stops = sorted(stop_ids)
     words[at : at + len(stops)] = stops
     at += MAX_STOP_IDS
     words[at : at + len(params.logit_bias)] = list(params.logit_bias)
@@ -220,7 +216,8 @@ def _keep(
     mass = jnp.where(kept, relative, 0.0)
     nucleus = order >= _cut(order, mass, top_p * jnp.sum(mass, axis=-1))
     kept &= nucleus | (top_p >= 1.0)[:, None]
-    return kept & (relative >= min_p[:, None])
+    # The best token stays whatever the cuts say, even if their targets vanish in float32.
+    return (kept & (relative >= min_p[:, None])) | (relative >= 1.0)
 
 
 def _ordered_bits(x: Float32[Array, "R V"]) -> UInt32[Array, "R V"]:

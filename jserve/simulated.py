@@ -55,6 +55,7 @@ class SimulatedStep:
     clock: SimulatedClock
     end_s: float
     tokens: list[int]
+    pack_s: float = 0.0
 
     def read(self) -> StepResult:
         self.clock.advance_to(self.end_s)
@@ -79,6 +80,11 @@ class SimulatedExecutor:
         self._step_s = step_s
         self._busy_until_s = 0.0
         self._last_token: dict[int, int] = {}
+
+    compiles_after_warmup = 0
+
+    def close(self) -> None:
+        self.kv = []
 
     def launch(self, plan: StepPlan) -> SimulatedStep:
         tokens = []

@@ -16,7 +16,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from jserve.cache.kv_cache import KVCache
-from jserve.config import SchedConfig
 from jserve.sched.plan import Row, StepPlan
 from jserve.sched.sequence import Phase, Sequence
 
@@ -50,14 +49,15 @@ class SchedStats:
 class Scheduler:
     """Queues and step plans over one KV cache. Not thread-safe: the engine's thread owns it."""
 
-    def __init__(self, config: SchedConfig, cache: KVCache) -> None:
-        self.config = config
+    def __init__(self, cache: KVCache, *, max_running: int, token_budget: int) -> None:
+        if token_budget < max_running:
+            raise ValueError(f"token_budget is {token_budget}: each of {max_running} running sequences needs one")
         self.cache = cache
+        self.token_budget = token_budget
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.stats = SchedStats()
-        self._free_slots = list(range(config.max_running - 1, -1, -1))
-        self._arrivals = 0
+        self._free_slots = list(range(max_running - 1, -1, -1))
 
     @property
     def has_work(self) -> bool:
@@ -65,8 +65,6 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
-        sequence.arrival = self._arrivals
-        self._arrivals += 1
         self.waiting.append(sequence)
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -114,13 +112,12 @@ class Scheduler:
         self.running.remove(victim)
         self._leave_device(victim)
         victim.phase = Phase.WAITING
-        victim.num_preemptions += 1
         self.stats.preemptions += 1
         self.waiting.appendleft(victim)
 
     def _plan_running_prefills(self, plan: StepPlan) -> None:
         for sequence in self.running:
-            if plan.num_tokens >= self.config.token_budget:
+            if plan.num_tokens >= self.token_budget:
                 return
             if len(sequence.tokens) - sequence.num_computed > 0 and sequence.in_flight == 0:
                 self._plan_chunk(plan, sequence)
@@ -128,7 +125,7 @@ class Scheduler:
     def _plan_chunk(self, plan: StepPlan, sequence: Sequence) -> None:
         """As much of the sequence's known, uncomputed tokens as the budget still holds."""
         missing = len(sequence.tokens) - sequence.num_computed
-        count = min(missing, self.config.token_budget - plan.num_tokens)
+        count = min(missing, self.token_budget - plan.num_tokens)
         last = count == missing
         plan.add(Row(sequence, sequence.num_computed, count, last))
         sequence.num_computed += count
@@ -139,7 +136,7 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan) -> None:
         """Waiting requests in order of arrival, until one does not fit."""
-        while self.waiting and self._free_slots and plan.num_tokens < self.config.token_budget:
+        while self.waiting and self._free_slots and plan.num_tokens < self.token_budget:
             sequence = self.waiting[0]
             # One spare block for each running request, so that its next tokens do not preempt this one at once.
             cached = self.cache.admit(sequence.table, sequence.tokens, spare=len(self.running))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from jserve.cache.kv_cache import BlockTable
@@ -36,9 +36,6 @@ class Sequence:
     finish_reason: FinishReason | None = None
     num_cached: int = -1
     """Prompt tokens found in the cache at first admission; -1 before it."""
-    num_preemptions: int = 0
-    arrival: int = field(default=0)
-    """Order of arrival."""
 
     @property
     def num_tokens(self) -> int:

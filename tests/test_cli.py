@@ -74,6 +74,7 @@ def test_without_flags_the_configuration_is_the_default() -> None:
         (["chat", "--model", "nowhere", "-m", "hi"], "model 'nowhere' is not here"),
         (["chat", "--target", "127.0.0.1:1", "-m", "hi"], "Connection refused"),
         (["convert", "/tmp/x", "--model", "nowhere"], "model 'nowhere' is not here"),
+        (["convert", "/dev/null/x", "--model", str(FIXTURE)], "/dev/null"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(args: list[str], said: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jserve.errors import ModelError
-from jserve.pull import DEFAULT_MODEL, EmbeddedModel, resolve_embedded, resolve_model
+from jserve.pull import DEFAULT_MODEL, EmbeddedModel, name_of, resolve_embedded, resolve_model
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5000
 
@@ -39,10 +39,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     return tmp_path / "cache"
 
 
-def write_wheel(folder: Path, content: bytes = CONTENT) -> None:
+def write_wheel(folder: Path, content: bytes = CONTENT, member: str = "tiny.gguf") -> None:
     info = "jserve_test_tiny-1.0.dist-info"
     with zipfile.ZipFile(folder / "jserve_test_tiny-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
-        wheel.writestr("jserve_test_tiny/tiny.gguf", content)
+        wheel.writestr(f"jserve_test_tiny/{member}", content)
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: jserve-test-tiny\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
@@ -70,6 +70,23 @@ def test_a_wheel_with_another_file_is_refused_and_nothing_is_kept(tmp_path: Path
     with pytest.raises(ModelError, match=r"tiny\.gguf has sha256 [0-9a-f]{64}, not"):
         resolve_embedded(embedded())
     assert list((cache / "models").iterdir()) == []
+
+
+def test_a_wheel_without_the_file_is_broken_and_named(tmp_path: Path, cache: Path) -> None:
+    write_wheel(tmp_path / "wheels", member="other.gguf")
+    with pytest.raises(ModelError, match=r"its wheel jserve_test_tiny-1\.0-py3-none-any\.whl is broken: .*tiny\.gguf"):
+        resolve_embedded(embedded())
+    assert list((cache / "models").iterdir()) == []
+
+
+def test_a_wheel_that_was_damaged_on_its_way_is_broken_and_named(tmp_path: Path) -> None:
+    write_wheel(tmp_path / "wheels")
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    damaged = bytearray(wheel.read_bytes())
+    damaged[len("PK") + 200 : len("PK") + 240] = bytes(40)  # in the middle of the model
+    wheel.write_bytes(damaged)
+    with pytest.raises(ModelError, match=r"its wheel .* is broken"):
+        resolve_embedded(embedded())
 
 
 def test_an_installed_package_is_used_where_it_is(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,3 +174,15 @@ def test_a_hub_id_becomes_its_snapshot(monkeypatch: pytest.MonkeyPatch, tmp_path
     ((name, options),) = asked
     assert name == "org/name-7B.v1"
     assert "*.safetensors" in options["allow_patterns"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("hub/models--org--name-7B.v1/snapshots/0123456789abcdef", "org/name-7B.v1"),
+        ("models/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct.Q4_1"),
+        ("models/Llama-3.2-1B", "Llama-3.2-1B"),
+    ],
+)
+def test_a_model_is_called_as_it_was_asked_for(path: str, name: str) -> None:
+    assert name_of(Path(path)) == name

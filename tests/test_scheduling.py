@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
-from jserve.engine import Engine, EngineInfo
+from jserve.doors import EngineInfo
+from jserve.engine import Engine
 from jserve.errors import InvalidRequest, Overloaded
 from jserve.request import EngineOutput, EngineRequest, SamplingParams
-from jserve.simulated import SimulatedClock, SimulatedExecutor, expected_tokens
+from jserve.simulated import SimulatedClock, SimulatedExecutor, SimulatedTransfer, expected_tokens
 
 VOCAB = 97
 
@@ -34,7 +35,7 @@ def make_engine(
         sched=SchedConfig(max_running=max_running, token_budget=budget, max_waiting=max_waiting),
         runner=RunnerConfig(overlap=overlap),
     )
-    info = EngineInfo("simulated", "simulated", VOCAB, context, block_size, blocks, "none", "simulated", 0, 0)
+    info = EngineInfo("simulated", "simulated", VOCAB, context, block_size, blocks, budget, "none", "simulated", 0, 0)
     return Engine(config, info, executor, clock)
 
 
@@ -270,3 +271,21 @@ def test_the_same_workload_gives_the_same_steps() -> None:
         return [(r.num_tokens, r.num_rows) for r in engine.step_records()]
 
     assert steps() == steps()
+
+
+def test_a_simulated_copy_ends_in_its_time_and_carries_the_kv_of_its_start() -> None:
+    clock = SimulatedClock()
+    executor = SimulatedExecutor(clock, num_blocks=4, block_size=2, vocab_size=VOCAB)
+    transfer = SimulatedTransfer(clock, executor, host_slots=2, copy_s=lambda blocks: 0.5 * blocks)
+    executor.kv[1] = [7, 8]
+    transfer.store(1, [1], [0])
+    executor.kv[1] = [0, 0]  # overwritten at once: the copy was gathered before
+    assert transfer.poll() == []
+    clock.advance_to(0.5)
+    assert [done.ticket for done in transfer.poll()] == [1]
+    transfer.load(2, [0], [3])
+    assert executor.kv[3] == [0, 0]
+    clock.advance_to(1.0)
+    assert [done.ticket for done in transfer.poll()] == [2]
+    assert executor.kv[3] == [7, 8]
+    assert transfer.poll() == []

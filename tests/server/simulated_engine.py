@@ -5,11 +5,13 @@ Its tokens are bytes, drawn by a hash of everything before them, so that no two 
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
 from jserve.config import EngineConfig
-from jserve.engine import Engine, EngineInfo
+from jserve.doors import EngineInfo
+from jserve.engine import Engine
 from jserve.progress import Progress
 from jserve.sched.plan import StepPlan
 from jserve.simulated import SimulatedClock, SimulatedExecutor, SimulatedStep
@@ -34,10 +36,15 @@ class PacedExecutor(SimulatedExecutor):
 
 def make(config: EngineConfig, progress: Progress) -> Engine:
     del progress
-    clock, blocks, size = SimulatedClock(), config.cache.device_blocks or 1000, config.cache.block_size
+    clock, blocks, size = SimulatedClock(), config.cache.device_blocks or 1000, config.cache.block_size or 16
     executor = PacedExecutor(clock, blocks, size, BYTES)
-    info = EngineInfo("simulated", "simulated", VOCAB, CONTEXT, size, blocks, "none", "simulated", 0, 0)
+    budget = config.sched.token_budget or 512
+    info = EngineInfo("simulated", "simulated", VOCAB, CONTEXT, size, blocks, budget, "none", "simulated", 0, 0)
     return Engine(config, info, executor, clock)
+
+
+def make_on_a_full_disk(config: EngineConfig, progress: Progress) -> Engine:
+    raise OSError(errno.ENOSPC, "No space left on device", "/cache/kernels.so")
 
 
 def make_slowly(config: EngineConfig, progress: Progress) -> Engine:

@@ -18,7 +18,7 @@ from bench import report
 from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
 from jserve.console import RichProgress
 from jserve.engine import Engine
-from jserve.errors import JserveError
+from jserve.errors import ConfigError, JserveError
 from jserve.models.placement import init_random
 from jserve.models.registry import parse_config
 from jserve.request import EngineRequest, SamplingParams
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     columns = ("batch", "step p50 ms", "tokens/s", "least ms", "over least", "host ms")
     report.console(args).print(report.table(f"decode, {engine.info.model}, {engine.info.backend}", columns, rows))
     metrics = {f"step_ms_{row[0]}": row[1] for row in rows} | {f"tokens_per_s_{row[0]}": row[2] for row in rows}
+    metrics |= {f"host_step_ms_{row[0]}": row[5] for row in rows}
     metrics |= {"compiles_after_warmup": engine.stats().compiles_after_warmup}
     settings = {"model": engine.info.model, "dtype": engine.info.dtype, "backend": engine.info.backend}
     settings |= {"batch": args.batch, "context": args.context, "steps": args.steps}
@@ -89,16 +90,22 @@ def _measure(
 ) -> tuple[int, float, float, float, float, float]:
     """Step time once all rows decode; the least possible is reading weights and KV once, at copy bandwidth."""
     rng, context, steps = random.Random(args.seed), args.context, args.steps
-    for i in range(batch):
+    names = [f"{batch}-{i}" for i in range(batch)]
+    for name in names:
         prompt = [rng.randrange(engine.info.vocab_size) for _ in range(context)]
-        sampling = SamplingParams(max_tokens=steps + 1)
-        engine.add(EngineRequest(request_id=f"{batch}-{i}", token_ids=prompt, sampling=sampling))
-    times_s = []
-    while engine.has_work:
+        engine.add(EngineRequest(request_id=name, token_ids=prompt, sampling=SamplingParams()))
+    times_s: list[float] = []
+    while len(times_s) <= steps:
         start_s = time.perf_counter()
         outputs = engine.step()
         if len(outputs) == batch:  # every row got a token: a whole decode step
             times_s.append(time.perf_counter() - start_s)
+        elif any(output.finish_reason for output in outputs):
+            raise ConfigError(f"{batch} rows never decode together: use a smaller --batch or --context")
+    for name in names:
+        engine.abort(name)
+    while engine.has_work:
+        engine.step()
     step_s = median(times_s[1:])
     kv_bytes = (
         engine.info.pool_bytes / engine.info.device_blocks / engine.info.block_size * (context + steps / 2) * batch

@@ -34,15 +34,15 @@ def main(argv: list[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
-    except JserveError as error:
-        print(f"jserve: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except (JserveError, OSError) as error:
+        print(f"jserve: {error}", file=sys.stderr)
+        return 2
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

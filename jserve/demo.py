@@ -13,7 +13,7 @@ QUESTIONS = ("What is the capital of France?", "And what river runs through it?"
 
 
 def main() -> int:
-    command = [sys.executable, "-m", "jserve.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-P", "-m", "jserve.cli", "serve", "--port", "0"]
     print("demo: starting `jserve serve` with the embedded model (the first start downloads and compiles)", flush=True)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:

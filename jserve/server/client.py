@@ -195,7 +195,7 @@ def _events(call: Any) -> Iterator[Chunk | Usage]:
             else:
                 yield convert.usage_from_pb(response.complete.usage)
     except grpc.RpcError as error:
-        if call.code() is grpc.StatusCode.CANCELLED:  # by us: `ResultStream.result` says so
+        if call.cancelled():  # by us: `ResultStream.result` says so
             return
         raise error_of(error) from None
 
@@ -214,6 +214,9 @@ def _sampling(given: Mapping[str, Any]) -> pb.SamplingParams:
 def _message(kind: Any, **fields: Any) -> Any:
     """A protobuf message; what it cannot hold (a negative token id, half a Unicode pair) is the caller's mistake."""
     try:
-        return kind(**fields)
+        message = kind(**fields)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the request cannot be sent: {error}") from None
+    if (size := message.ByteSize()) > convert.MAX_MESSAGE_BYTES:
+        raise InvalidRequest(f"the request has {size} bytes, and servers take {convert.MAX_MESSAGE_BYTES}: shorten it")
+    return message

@@ -10,6 +10,9 @@ from jserve.request import FinishReason, SamplingParams, TokenLogprobs
 from jserve.result import Chunk, Usage
 from jserve.server.proto.jserve.v1 import jserve_pb2 as pb
 
+MAX_MESSAGE_BYTES = 64 << 20
+"""A request may have so many; parsing a larger one would hold up every stream."""
+
 _SCALARS = tuple(
     field.name for field in pb.SamplingParams.DESCRIPTOR.fields if field.has_presence and field.message_type is None
 )

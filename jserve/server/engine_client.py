@@ -8,21 +8,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import shutil
 import sys
 import tempfile
+import traceback
 
 import zmq
 import zmq.asyncio
 
 from jserve import errors
 from jserve.config import EngineConfig
+from jserve.doors import EngineInfo
 from jserve.engine_loop import Abort, Add, AskStats, Command, Outputs, Stop, TellStats, failure
 from jserve.errors import JserveError, Unavailable
 from jserve.generation import Deliver
 from jserve.request import EngineRequest
 from jserve.server import wire
-from jserve.server.wire import EngineInfo, Failed, Ready
+from jserve.server.wire import Failed, Ready
 
 REAL_ENGINE = "jserve.engine:Engine.from_config"
 _LAST_WORDS_S = 0.5
@@ -44,6 +47,8 @@ class EngineClient:
         self._last_words: JserveError | None = None
         self._stopping = False
         self._tasks = [loop.create_task(self._listen()), loop.create_task(self._watch())]
+        for task in self._tasks:
+            task.add_done_callback(self._end_if_failed)
 
     @classmethod
     async def start(cls, config: EngineConfig, engine: str = REAL_ENGINE) -> EngineClient:
@@ -51,6 +56,7 @@ class EngineClient:
         pipes = _Pipes()
         command = [
             sys.executable,
+            "-P",  # the user's folder is no place to import from
             "-m",
             "jserve.server.engine_process",
             pipes.folder,
@@ -82,11 +88,6 @@ class EngineClient:
         if self._open.pop(request_id, None) is not None:
             self._tell(Abort(request_id))
 
-    @property
-    def num_open(self) -> int:
-        """Requests that the engine has not finished."""
-        return len(self._open)
-
     # --- the rest ---------------------------------------------------------------------------------------------------
 
     async def stats(self) -> dict[str, float]:
@@ -94,10 +95,11 @@ class EngineClient:
         if self.death.done():
             raise self.death.result()
         ticket = next(self._tickets)
-        self._stats[ticket] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
+        self._stats[ticket] = answer
         self._tell(AskStats(ticket))
         try:
-            return await self._stats[ticket]
+            return await answer
         finally:
             del self._stats[ticket]
 
@@ -130,27 +132,44 @@ class EngineClient:
 
     async def _listen(self) -> None:
         while True:
-            match wire.decode_event(await self._pipes.events.recv()):
-                case Outputs(outputs):
-                    for output in outputs:
-                        if (deliver := self._open.get(output.request_id)) is None:
-                            continue  # aborted meanwhile
-                        if output.finish_reason is not None:
-                            del self._open[output.request_id]
-                        deliver(output)
-                case TellStats(ticket, stats):
-                    if ticket in self._stats:
-                        self._stats[ticket].set_result(stats)
-                case Ready(info):
-                    self._ready.set_result(info)
-                case Failed(kind, message):
-                    self._last_words = getattr(errors, kind, Unavailable)(message)
+            self._take(wire.decode_event(await self._pipes.events.recv()))
+
+    def _take(self, event: wire.Event) -> None:
+        match event:
+            case Outputs(outputs):
+                for output in outputs:
+                    if (deliver := self._open.get(output.request_id)) is None:
+                        continue  # aborted meanwhile
+                    if output.finish_reason is not None:
+                        del self._open[output.request_id]
+                    deliver(output)
+            case TellStats(ticket, stats):
+                if (answer := self._stats.get(ticket)) and not answer.done():  # done: whoever asked was cancelled
+                    answer.set_result(stats)
+            case Ready(info):
+                self._ready.set_result(info)
+            case Failed(kind, message):
+                self._last_words = getattr(errors, kind, Unavailable)(message)
 
     async def _watch(self) -> None:
         code = await self._process.wait()
         if code != 0 and not self._stopping:
             await asyncio.sleep(_LAST_WORDS_S)  # its last message may still be on its way
-        error = self._last_words or Unavailable(f"the engine process {_how_it_ended(code)}")
+        self._release(self._last_words or Unavailable(f"the engine process {_how_it_ended(code)}"))
+
+    def _end_if_failed(self, task: asyncio.Task[None]) -> None:
+        """A defect in here would leave every stream waiting: the engine goes, and they hear of it."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        traceback.print_exception(error)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._release(Unavailable(f"the front-end failed: {type(error).__name__}: {error}"))
+
+    def _release(self, error: JserveError) -> None:
+        """The engine is dead: nobody may wait for it."""
+        if self.death.done():
+            return
         self.death.set_result(error)
         if not self._ready.done():
             self._ready.set_exception(error)
@@ -167,7 +186,7 @@ class _Pipes:
     """Two sockets, one each way: sending on a socket that asyncio reads from would swallow its wake-ups."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="jserve-")
+        self.folder = _short_folder()
         self.commands: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self.events = zmq.asyncio.Context.instance().socket(zmq.PULL)
         for name, socket in ((wire.COMMANDS, self.commands), (wire.EVENTS, self.events)):
@@ -179,6 +198,13 @@ class _Pipes:
         self.commands.close()
         self.events.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _short_folder() -> str:
+    """A new one whose sockets have a path that the system can hold, even where TMPDIR is long."""
+    usual = tempfile.gettempdir()
+    fits = len(os.fsencode(f"{usual}/jserve-12345678/{wire.COMMANDS}")) <= zmq.IPC_PATH_MAX_LEN
+    return tempfile.mkdtemp(prefix="jserve-", dir=usual if fits else "/tmp")
 
 
 def _how_it_ended(code: int) -> str:

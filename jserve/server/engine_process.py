@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import msgspec
 import zmq
 
 from jserve.config import EngineConfig
@@ -31,6 +31,8 @@ EngineMaker = Callable[[EngineConfig, "Progress"], "Engine"]
 
 
 def main(folder: str, config: str, engine: str) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):  # a service manager sends them to all: the front-end drains first
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
     with zmq.Context() as context, context.socket(zmq.PULL) as commands, context.socket(zmq.PUSH) as events:
         for name, socket in ((wire.COMMANDS, commands), (wire.EVENTS, events)):
@@ -42,10 +44,13 @@ def main(folder: str, config: str, engine: str) -> int:
 
         try:
             made = _maker(engine)(wire.config_from_json(config), RichProgress())
-            send(wire.Ready(msgspec.convert(made.info, wire.EngineInfo, from_attributes=True)))
+            send(wire.Ready(made.info))
             EngineLoop(made, lambda block: _receive(commands, block), send).run()
         except JserveError as error:
             send(wire.Failed(type(error).__name__, str(error)))
+            return 1
+        except OSError as error:  # a full disk, a folder that is not ours: for the user, as it is
+            send(wire.Failed("JserveError", str(error)))
             return 1
         except Exception as error:
             traceback.print_exc()  # a defect of ours: whoever runs the server can report it

@@ -26,6 +26,7 @@ from jserve.console import RichProgress
 from jserve.errors import ConfigError, Unavailable
 from jserve.generation import Intake
 from jserve.pull import DEFAULT_MODEL, resolve_model
+from jserve.server import convert
 from jserve.server.engine_client import REAL_ENGINE, EngineClient
 from jserve.server.proto.jserve.v1 import jserve_pb2 as pb
 from jserve.server.proto.jserve.v1 import jserve_pb2_grpc as pb_grpc
@@ -37,7 +38,7 @@ _REFLECTED = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
 _PENDING_CALLS = 1_000_000
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
-    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_receive_message_length", convert.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 30_000),  # a client that vanished without a word is noticed
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -86,7 +87,7 @@ class FrontEnd:
             if await self._load(engine):
                 await self._say(health_pb2.HealthCheckResponse.SERVING)
                 took_s = time.perf_counter() - start_s
-                print(f"jserve: ready on {self._server_config.host}:{port} ({took_s:.1f} s)", flush=True)
+                print(f"jserve: ready on {_address(self._server_config.host, port)} ({took_s:.1f} s)", flush=True)
                 await self._until_told(engine)
             return 0
         finally:
@@ -159,7 +160,7 @@ class FrontEnd:
     async def _until_idle(self, timeout_s: float) -> None:
         """Until no stream is under way, the time is over, or a second signal asks to hurry."""
         end_s = time.perf_counter() + timeout_s
-        while self._servicer.streams and time.perf_counter() < end_s and not self._hurry.is_set():
+        while self._servicer.under_way and time.perf_counter() < end_s and not self._hurry.is_set():
             await asyncio.sleep(0.05)
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import grpc.aio
 
 from jserve import __version__
 from jserve.chat_template import Message
+from jserve.doors import EngineInfo
 from jserve.errors import DeadlineExceeded, InvalidRequest, JserveError, NotFound, Overloaded, Unavailable
 from jserve.generation import Generation, Intake
 from jserve.request import EngineOutput
@@ -20,7 +22,6 @@ from jserve.server.engine_client import EngineClient
 from jserve.server.proto.jserve.v1 import jserve_pb2 as pb
 from jserve.server.proto.jserve.v1 import jserve_pb2_grpc as pb_grpc
 from jserve.server.status import code_of
-from jserve.server.wire import EngineInfo
 from jserve.tokenizer import LONG_TEXT_CHARS
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Serving:
     model_names: frozenset[str]
     """What a request may call the model."""
     max_open: int
-    """Engine requests at once: those that run and those that wait."""
+    """Continuations at once: those that run and those that wait."""
 
 
 class JserveServicer(pb_grpc.JserveServicer):
@@ -47,15 +48,15 @@ class JserveServicer(pb_grpc.JserveServicer):
     def __init__(self) -> None:
         self.serving: Serving | None = None
         self.refusing: str | None = "the model is loading: ask again when grpc.health.v1 says SERVING"
-        self.streams = 0
-        """Generate and Chat calls under way."""
+        self.under_way = 0
+        """Continuations of the Generate and Chat calls that have not ended, wherever they are."""
 
     # --- the methods of the service ---------------------------------------------------------------------------------
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         async def prompt(intake: Intake) -> list[int]:
             if request.WhichOneof("input") == "token_ids":
-                return list(request.token_ids.ids)
+                return intake.of_token_ids(request.token_ids.ids)
             return await _off_loop(len(request.text), lambda: intake.of_text(request.text))
 
         await self._answer(context, self._stream(request, prompt, context))
@@ -68,7 +69,7 @@ class JserveServicer(pb_grpc.JserveServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         async def answer() -> pb.TokenizeResponse:
-            intake = self._admit(request.model, 0).intake
+            intake = self._admit(request.model).intake
             if request.WhichOneof("input") == "conversation":
                 token_ids = await _encode_chat(intake, convert.messages_from_pb(request.conversation.messages))
             else:
@@ -109,18 +110,30 @@ class JserveServicer(pb_grpc.JserveServicer):
             raise Unavailable(self.refusing or "the model is not ready")
         return self.serving
 
-    def _admit(self, model: str, continuations: int) -> Serving:
+    def _admit(self, model: str) -> Serving:
         """Refuse before anything is spent on it."""
         if self.refusing is not None:
             raise Unavailable(self.refusing)
         serving = self._serving()
         if model and model not in serving.model_names:
             raise NotFound(f"model {model!r} is not served here: this server has {serving.info.model!r}")
-        if continuations and serving.engine.num_open + continuations > serving.max_open:
-            raise Overloaded(
-                f"{serving.engine.num_open} requests are under way, the most this server takes: retry later"
-            )
         return serving
+
+    @contextmanager
+    def _places(self, count: int, limit: int) -> Iterator[None]:
+        """Room for the continuations of one call, from before its prompt is tokenized until its last word is out."""
+        if count > limit:
+            raise InvalidRequest(
+                f"n is {count}, and this server takes {limit} continuations at once: lower it, "
+                "or serve with a larger --max-running or --max-waiting"
+            )
+        if self.under_way + count > limit:
+            raise Overloaded(f"{self.under_way} requests are under way of {limit} that this server takes: retry later")
+        self.under_way += count
+        try:
+            yield
+        finally:
+            self.under_way -= count
 
     # --- streaming --------------------------------------------------------------------------------------------------
 
@@ -131,20 +144,18 @@ class JserveServicer(pb_grpc.JserveServicer):
         context: grpc.aio.ServicerContext,
     ) -> None:
         sampling = convert.sampling_from_pb(request.sampling)
-        serving = self._admit(request.model, 1)
-        self.streams += 1
-        try:
-            token_ids = await prompt(serving.intake)
+        serving = self._admit(request.model)
+        intake = serving.intake
+        intake.check(sampling, request.cache_salt)
+        with self._places(sampling.n, serving.max_open):
+            token_ids = await prompt(intake)
             outputs: asyncio.Queue[EngineOutput] = asyncio.Queue()
-            generation = serving.intake.generation(
-                serving.engine, outputs.put_nowait, token_ids, sampling, request.cache_salt
-            )
-            async with asyncio.timeout(context.time_remaining()):
-                await _write(generation, outputs, context)
-        except TimeoutError:
-            raise DeadlineExceeded("the call's deadline has passed") from None
-        finally:
-            self.streams -= 1
+            generation = intake.generation(serving.engine, outputs.put_nowait, token_ids, sampling, request.cache_salt)
+            try:
+                async with asyncio.timeout(context.time_remaining()):
+                    await _write(generation, outputs, context)
+            except TimeoutError:
+                raise DeadlineExceeded("the call's deadline has passed") from None
 
     async def _answer(self, context: grpc.aio.ServicerContext, work: Awaitable[T]) -> T:
         """Errors that are for the user become their status."""

@@ -11,17 +11,8 @@ from typing import Any
 import msgspec
 
 from jserve.config import EngineConfig
+from jserve.doors import EngineInfo
 from jserve.engine_loop import Command, Outputs, TellStats
-
-
-class EngineInfo(msgspec.Struct):
-    """What the front-end needs to know of `jserve.engine.EngineInfo`."""
-
-    model: str
-    vocab_size: int
-    max_model_len: int
-    block_size: int
-    device_blocks: int
 
 
 class Ready(msgspec.Struct, tag=True):

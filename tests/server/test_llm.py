@@ -110,6 +110,25 @@ def test_wrong_requests_are_refused_and_the_rest_goes_on(llm: LLM) -> None:
     assert llm.generate("x", max_tokens=2).output_tokens == 2
 
 
+@pytest.mark.parametrize("wrong", ["a", None, 1.5, True, -1, 2**40, 259])
+def test_what_is_no_token_id_is_named_and_the_rest_goes_on(llm: LLM, wrong: object) -> None:
+    with pytest.raises(InvalidRequest, match=f"token id {wrong!r} is none of this model's: .* 0 to 258"):
+        llm.generate([1] * 9 + [wrong])
+    assert llm.generate("x", max_tokens=2).output_tokens == 2
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "half \ud800"])
+def test_a_salt_that_is_no_text_is_named_and_the_rest_goes_on(llm: LLM, wrong: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"cache_salt is .*: use text"):
+        llm.generate("x", cache_salt=wrong)
+    assert llm.generate("x", max_tokens=2).output_tokens == 2
+
+
+def test_more_token_ids_than_the_context_are_refused_before_each_is_looked_at(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match=f"has {10**12} tokens, and the context only {CONTEXT}"):
+        llm.generate(range(10**12))
+
+
 def test_a_full_queue_is_overloaded() -> None:
     with new_llm(engine_config(max_running=1, token_budget=64, max_waiting=1)) as llm:
         streams = [llm.generate(f"{i}", max_tokens=LONG, stream=True) for i in range(1)]

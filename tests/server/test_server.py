@@ -20,13 +20,14 @@ import grpc
 import grpc.aio
 import pytest
 from byte_model import EOS, byte_tokenizer, write_byte_model
+from conftest import StartServer
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from running_server import HERE, Server, start
 from simulated_engine import BYTES, CONTEXT, POISON, STEP_S
 
-from jserve.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable, Unsupported
+from jserve.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, Unavailable, Unsupported
 from jserve.server.client import Client
 from jserve.server.proto.jserve.v1 import jserve_pb2 as pb
 from jserve.server.proto.jserve.v1 import jserve_pb2_grpc as pb_grpc
@@ -60,12 +61,13 @@ def test_token_ids_are_a_prompt_too(client: Client) -> None:
 def test_a_stream_arrives_as_it_is_made(client: Client) -> None:
     started = time.perf_counter()
     with client.generate("stream", max_tokens=200, stream=True) as stream:
-        first_s = next(stream) and time.perf_counter() - started
-        chunks = list(stream)
+        first = next(stream)
+        first_s = time.perf_counter() - started
+        chunks = [first, *stream]
         result = stream.result()
     assert len(chunks) > 20
     assert first_s < result.duration_s / 4
-    assert [token for chunk in chunks for token in chunk.token_ids] == result.token_ids[-199:]
+    assert [token for chunk in chunks for token in chunk.token_ids] == result.token_ids
 
 
 def test_the_second_turn_finds_the_first_ones_history(client: Client) -> None:
@@ -318,6 +320,31 @@ async def end_of(call: Any) -> grpc.StatusCode:
     return await call.code()
 
 
+def test_each_continuation_takes_a_place_of_the_queue(start_server: StartServer) -> None:
+    server = start_server("--max-running", "2", "--max-waiting", "2")
+    with server.client() as client:
+        with client.generate("two of four", max_tokens=LONG, n=2, stream=True) as stream:
+            next(stream)
+            with pytest.raises(Overloaded, match="2 requests are under way of 4"):
+                client.generate("three more", n=3)
+            assert client.generate("one more", max_tokens=2).output_tokens == 2
+        server.idle_stats()
+        with pytest.raises(InvalidRequest, match="n is 5, and this server takes 4"):
+            client.generate("never", n=5)
+        assert len(client.generate("afterwards", n=3, max_tokens=2).choices) == 3
+
+
+def test_a_message_too_large_to_parse_is_refused_on_both_sides(server: Server, client: Client) -> None:
+    huge = "x" * (65 << 20)
+    with pytest.raises(InvalidRequest, match=r"has 68157.* bytes, and servers take 67108864"):
+        client.generate(huge)
+    with grpc.insecure_channel(server.target, [("grpc.max_send_message_length", -1)]) as channel:
+        with pytest.raises(grpc.RpcError, match="larger than max") as failed:
+            list(pb_grpc.JserveStub(channel).Generate(pb.GenerateRequest(text=huge)))
+        assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert client.generate("alive", max_tokens=1).output_tokens == 1
+
+
 def test_concurrent_streams_do_not_mix(client: Client) -> None:
     prompts = [f"conversation number {i}" for i in range(24)]
     with ThreadPoolExecutor(24) as pool:
@@ -378,6 +405,17 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start_server:
     assert server.wait() == 0
 
 
+def test_a_signal_to_both_processes_drains_like_one_to_the_front_end(start_server: StartServer) -> None:
+    server = start_server()
+    with server.client() as client, client.generate("drain", max_tokens=400, stream=True) as stream:
+        next(stream)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(children_of(server.process.pid)[0], number)
+        server.signal(signal.SIGTERM)  # as systemd does
+        assert stream.result().token_ids == answer_to("drain", 400)
+    assert server.wait() == 0
+
+
 def test_what_is_not_done_within_the_drain_timeout_is_cancelled(start_server: Server) -> None:
     server = start_server("--drain-timeout", "0.2")
     with server.client() as client, client.generate("drain", max_tokens=CONTEXT, stream=True) as stream:
@@ -433,6 +471,16 @@ def test_a_model_without_a_tokenizer_is_named(start_server: Server, tmp_path: Pa
     with pytest.raises(AssertionError, match=r"(?s)code 2.*has no tokenizer: looked for tokenizer.json") as failed:
         start_server("--model", str(tmp_path))
     assert "Traceback" not in str(failed.value)
+
+
+def test_a_full_disk_is_one_line_and_no_traceback(byte_model: Path) -> None:
+    process = start(
+        [str(HERE / "serve_simulated.py"), "make_on_a_full_disk"], "--port", "0", "--model", str(byte_model)
+    )
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, "")
+    assert err.splitlines()[-1] == "jserve: [Errno 28] No space left on device: '/cache/kernels.so'"
+    assert "Traceback" not in err
 
 
 def test_the_front_end_never_imports_jax() -> None:

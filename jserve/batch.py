@@ -91,7 +91,7 @@ def pack_forward(plan: StepPlan, tables: np.ndarray, tokens: int, limits: Limits
     query_start[num_rows + 1 :] = filled
     context_len[:num_rows] = starts + counts
     table.reshape(-1, limits.blocks_per_sequence)[:num_rows] = tables[slots]
-    ends_sampled = row_end[[row.samples for row in rows]] - 1
+    ends_sampled = row_end[np.array([row.samples for row in rows], np.bool_)] - 1
     sampled[: len(ends_sampled)] = ends_sampled
     _fill_tokens(ids, rows)
     return words

@@ -114,6 +114,7 @@ class Runner:
         if config.runner.warmup:
             self.reports = self.programs.warm_up(self._token_buckets, self._row_buckets, progress)
             progress.note(table_of(self.reports))
+            self._rehearse()
         self._compiles.reset()
 
     @classmethod
@@ -181,6 +182,14 @@ class Runner:
         except jax.errors.JaxRuntimeError as error:
             raise too_much from error
 
+    def _rehearse(self) -> None:
+        """Run every program once on a batch of padding, which writes nothing: first calls are slow."""
+        for tokens in self._token_buckets:
+            hidden = self._forward(pack_forward(StepPlan(), self._tables, tokens, self.limits), tokens)
+        for rows in self._row_buckets:
+            self._head(hidden, pack_head([], self._slot_flags, rows, self.limits), rows)
+        jax.block_until_ready((self._k, self._state))
+
     # --- the Executor door --------------------------------------------------------------------------------------
 
     @property
@@ -197,10 +206,17 @@ class Runner:
         sampling = [row for row in plan.rows if row.samples]
         pack_s = time.perf_counter() - start
 
+        return self._launch_head(self._forward(forward_words, tokens), sampling, pack_s)
+
+    def _forward(self, words: np.ndarray, tokens: int) -> jax.Array:
         hidden, self._k, self._v = self.programs.forward(
-            tokens, self._leaves, self._k, self._v, self._state.last_token, self._send(forward_words)
+            tokens, self._leaves, self._k, self._v, self._state.last_token, self._send(words)
         )
-        return self._launch_head(hidden, sampling, pack_s)
+        return hidden
+
+    def _head(self, hidden: jax.Array, words: np.ndarray, rows: int) -> Sampled:
+        sampled, self._state = self.programs.head(rows, self._leaves, hidden, self._state, self._send(words))
+        return sampled
 
     def _launch_head(self, hidden: jax.Array, sampling: list[Row], pack_s: float) -> XlaStep:
         if not sampling:
@@ -210,7 +226,7 @@ class Runner:
         words = pack_head(sampling, self._slot_flags, rows, self.limits)
         wanted = [row.sequence.sampling.logprobs for row in sampling]
         pack_s += time.perf_counter() - start
-        sampled, self._state = self.programs.head(rows, self._leaves, hidden, self._state, self._send(words))
+        sampled = self._head(hidden, words, rows)
         for array in sampled if any(n is not None for n in wanted) else sampled[:1]:
             array.copy_to_host_async()
         return XlaStep(sampled, wanted, pack_s)

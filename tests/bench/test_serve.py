@@ -60,7 +60,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
 def test_it_reports_what_the_issue_names(target: str, tmp_path: Path) -> None:
     dialogues = tmp_path / "dialogues.jsonl"
     record = {"history": [{"user": f"word {n} " * 20, "bot": ""} for n in range(3)]}
-    dialogues.write_text("\n".join(json.dumps({"history": [{"user": f"{i}"}, *record["history"]]}) for i in range(8)))
+    dialogues.write_text("\n".join(json.dumps({"history": [{"user": f"{i}"}, *record["history"]]}) for i in range(16)))
     work = ("--dialogues", str(dialogues), "--dialogues-per-user", "1", "--max-tokens", "8")
     run = bench("--target", target, "--concurrency", "2", "4", *work, "--json")
     assert run.returncode == 0, run.stderr

@@ -22,7 +22,7 @@ from bench import report
 from bench.closed_loop import Run, percentile, play, replay, warm_up
 from bench.noise import Noise
 from bench.servers import Server, ServerError, grpc_ready
-from bench.systems import Jserve, bench_flags
+from bench.systems import Jserve
 from bench.transports import ChatError, JserveTransport
 from bench.workload import Dialogue, Workload, WorkloadError, load
 
@@ -174,7 +174,8 @@ def _print(levels: list[Level], workload: Workload, console: Console) -> None:
 
 
 def _flags(args: argparse.Namespace) -> list[str]:
-    return [*bench_flags(args.model), *args.serve_flags]
+    """As users start it: what they leave out has its default, the KV pool too."""
+    return [*(["--model", args.model] if args.model else []), *args.serve_flags]
 
 
 def _arguments() -> argparse.Namespace:

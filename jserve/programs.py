@@ -8,6 +8,8 @@ anything compiles after that.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +89,7 @@ class Programs:
         self._forward = jax.jit(
             self._forward_step, static_argnums=0, donate_argnums=(2, 3), out_shardings=(same, pools, pools)
         )
+        self._compiled: dict[tuple[str, int], Callable[..., Any]] = {}
         self._head = jax.jit(self._head_step, static_argnums=0, donate_argnums=3, out_shardings=(same, same))
 
     # --- the two halves of a step -------------------------------------------------------------------------------
@@ -95,7 +98,8 @@ class Programs:
         self, tokens: int, leaves: Leaves, k: Pool, v: Pool, last_token: Int32[Array, "S"], words: Int32[Array, "words"]
     ) -> tuple[Float[Array, "S hidden"], Pool, Pool]:
         """Run the backbone over a batch of bucket `tokens`: hidden states of the sampling rows, and the pools."""
-        result: tuple[Array, Pool, Pool] = self._forward(tokens, leaves, k, v, last_token, words)
+        program = self._compiled.get(("forward", tokens)) or partial(self._forward, tokens)
+        result: tuple[Array, Pool, Pool] = program(leaves, k, v, last_token, words)
         return result
 
     def head(
@@ -107,7 +111,8 @@ class Programs:
         words: Int32[Array, "words"],
     ) -> tuple[Sampled, SamplingState]:
         """Logits and next tokens of the first `rows` hidden states."""
-        result: tuple[Sampled, SamplingState] = self._head(rows, leaves, hidden, state, words)
+        program = self._compiled.get(("head", rows)) or partial(self._head, rows)
+        result: tuple[Sampled, SamplingState] = program(leaves, hidden, state, words)
         return result
 
     def _forward_step(
@@ -191,19 +196,24 @@ class Programs:
         """Compile everything; later calls with these buckets find the programs ready."""
         slot_words = self._vector(len(pack_slot(0, SamplingParams(), frozenset(), self.spec.vocab_size)))
         counts = self._vector(self.spec.vocab_size)
-        jobs: list[tuple[str, Callable[[], Any]]] = [
-            ("set_slot", lambda: self.set_slot.lower(self._state_shapes(), slot_words)),
-            ("set_counts", lambda: self.set_counts.lower(self._state_shapes(), np.int32(0), counts)),
+        jobs: list[tuple[tuple[str, int], Callable[[], Any]]] = [
+            (("set_slot", 0), lambda: self.set_slot.lower(self._state_shapes(), slot_words)),
+            (("set_counts", 0), lambda: self.set_counts.lower(self._state_shapes(), np.int32(0), counts)),
         ]
-        jobs += [(f"head[{n}]", partial(self.lower_head, n)) for n in row_buckets]
-        jobs += [(f"forward[{n}]", partial(self.lower_forward, n)) for n in token_buckets]
+        jobs += [(("head", n), partial(self.lower_head, n)) for n in row_buckets]
+        jobs += [(("forward", n), partial(self.lower_forward, n)) for n in token_buckets]
         # Tracing holds the interpreter, so it stays serial; XLA compiles outside of it, in threads.
         with ThreadPoolExecutor(max_workers=2) as threads, progress.track("compiling", len(jobs)) as task:
             pending = [(name, threads.submit(_compile, lower())) for name, lower in jobs]
             reports = []
-            for name, job in pending:
-                reports.append(ProgramReport(name, *job.result()))
+            for (name, size), job in pending:
+                self._compiled[name, size], seconds, temp_bytes = job.result()
+                reports.append(ProgramReport(f"{name}[{size}]" if size else name, seconds, temp_bytes))
                 task.advance()
+        traced: tuple[Any, Any] = self._forward, self._head  # what they have traced is compiled now
+        for function in traced:
+            function.clear_cache()
+        _give_memory_back()
         return reports
 
     def _vector(self, size: int) -> jax.ShapeDtypeStruct:
@@ -217,8 +227,17 @@ class Programs:
         return shaped
 
 
-def _compile(lowered: Any) -> tuple[float, int]:
+def _compile(lowered: Any) -> tuple[Callable[..., Any], float, int]:
+    """The program, the seconds it took, and the bytes of its temporaries."""
     start = time.perf_counter()
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
-    return time.perf_counter() - start, int(memory.temp_size_in_bytes) if memory else 0
+    return compiled, time.perf_counter() - start, int(memory.temp_size_in_bytes) if memory else 0
+
+
+def _give_memory_back() -> None:
+    """What tracing and compiling have freed goes back to the system, where the C library can do that (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

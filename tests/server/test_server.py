@@ -243,9 +243,11 @@ def test_a_cancelled_stream_frees_everything(server: Server, client: Client) -> 
 
 
 def test_a_stream_that_nobody_reads_is_cancelled_with_its_object(server: Server, client: Client) -> None:
+    before = server.idle_stats()
     stream = client.generate("forgotten", max_tokens=LONG, stream=True)
     del stream
-    server.idle_stats()
+    after = server.idle_stats()
+    assert after["requests_finished"] == before["requests_finished"], "it was cancelled, or never came"
 
 
 def test_the_deadline_of_a_call_ends_its_request(server: Server, client: Client) -> None:

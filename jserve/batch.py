@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Int32
@@ -26,11 +27,18 @@ class Forward(NamedTuple):
     """The token whose hidden state sampling row i needs."""
     attention: BatchMetadata
 
+    @property
+    def live(self) -> Int32[Array, ""]:
+        """Tokens that are not padding."""
+        return self.attention.query_start[-1]
+
 
 class Head(NamedTuple):
     """Input of the sampler, R rows."""
 
     flags: Int32[Array, "3"]
+    live: Int32[Array, ""]
+    """Rows that are not padding."""
     slots: Int32[Array, "R"]
     output_index: Int32[Array, "R"]
 
@@ -110,11 +118,17 @@ def _fill_tokens(ids: np.ndarray, rows: list[Row]) -> None:
         at += row.count
 
 
+def head_sizes(rows: int) -> tuple[int, ...]:
+    """Words of each part: flags, live, slots, output_index."""
+    return 3, 1, rows, rows
+
+
 def pack_head(sampling: list[Row], slot_flags: np.ndarray, rows: int, limits: Limits) -> np.ndarray:
     """The sampling rows of a plan as the sampler of bucket `rows` reads them. `slot_flags` is [slots, 3]."""
-    words = np.zeros(3 + 2 * rows, np.int32)
-    flags, slots, output_index = np.split(words, (3, 3 + rows))
+    words = np.zeros(sum(head_sizes(rows)), np.int32)
+    flags, live, slots, output_index = np.split(words, np.cumsum(head_sizes(rows))[:-1])
     count = len(sampling)
+    live[:] = count
     slots[:count] = [row.sequence.slot for row in sampling]
     slots[count:] = limits.slots  # padding: out of range
     output_index[:count] = [row.start + row.count - row.sequence.num_prompt for row in sampling]
@@ -123,7 +137,8 @@ def pack_head(sampling: list[Row], slot_flags: np.ndarray, rows: int, limits: Li
 
 
 def unpack_head(words: Int32[Array, "words"], rows: int) -> Head:
-    return Head(words[:3], words[3 : 3 + rows], words[3 + rows :])
+    flags, live, slots, output_index = jnp.split(words, np.cumsum(head_sizes(rows))[:-1])
+    return Head(flags, live[0], slots, output_index)
 
 
 TOKEN_BUCKETS = (
@@ -132,7 +147,6 @@ TOKEN_BUCKETS = (
     8,
     16,
     32,
-    40,
     48,
     64,
     96,

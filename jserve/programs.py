@@ -26,10 +26,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int32
 
-from jserve.batch import Limits, forward_sizes, unpack_forward, unpack_head
+from jserve.batch import Limits, forward_sizes, head_sizes, unpack_forward, unpack_head
+from jserve.models.layers import use_matmul
 from jserve.models.spec import ModelSpec
 from jserve.pallas_kernels.backends import Backend
 from jserve.pallas_kernels.kv_write import kv_write
+from jserve.pallas_kernels.matmul import matmul
 from jserve.pallas_kernels.metadata import BatchMetadata
 from jserve.pallas_kernels.paged_attention import paged_attention
 from jserve.progress import Progress
@@ -126,18 +128,23 @@ class Programs:
             return out
 
         ids = jnp.where(batch.tokens < 0, last_token[-1 - batch.tokens], batch.tokens)
-        hidden = self._model(leaves)(ids, batch.positions, attend)
+        hidden = self._model(leaves, batch.live)(ids, batch.positions, attend)
         return hidden[batch.sampled], k, v
 
     def _head_step(
         self, rows: int, leaves: Leaves, hidden: Array, state: SamplingState, words: Array
     ) -> tuple[Sampled, SamplingState]:
         head = unpack_head(words, rows)
-        logits = self._model(leaves).logits(hidden[:rows])
+        logits = self._model(leaves, head.live).logits(hidden[:rows])
         return sample(logits, state, head.slots, head.output_index, head.flags)
 
-    def _model(self, leaves: Leaves) -> Any:
-        return nnx.merge(self._graph, jax.tree.unflatten(self._treedef, leaves))
+    def _model(self, leaves: Leaves, live: Int32[Array, ""]) -> Any:
+        """The model for a batch whose rows from `live` on are padding."""
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._treedef, leaves))
+        # A native product is opaque to XLA, which could not split it over several devices.
+        backend: Backend = self.backend if self.mesh.size == 1 else "xla"
+        use_matmul(model, partial(matmul, live=live, backend=backend))
+        return model
 
     def _attention(
         self, q: Array, new_k: Array, new_v: Array, k: Array, v: Array, meta: BatchMetadata
@@ -188,7 +195,9 @@ class Programs:
 
     def lower_head(self, rows: int) -> Any:
         hidden = jax.ShapeDtypeStruct((self.limits.slots, self.spec.hidden_size), self.dtype, sharding=self.replicated)
-        return self._head.lower(rows, self._leaf_shapes, hidden, self._state_shapes(), self._vector(3 + 2 * rows))
+        return self._head.lower(
+            rows, self._leaf_shapes, hidden, self._state_shapes(), self._vector(sum(head_sizes(rows)))
+        )
 
     def warm_up(
         self, token_buckets: tuple[int, ...], row_buckets: tuple[int, ...], progress: Progress

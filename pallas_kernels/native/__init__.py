@@ -21,13 +21,15 @@ import jax
 import jaxlib.version
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Float32, Int32
 
 from jserve.config import cache_root
 from jserve.errors import ConfigError
 from jserve.pallas_kernels.metadata import BatchMetadata
 
-_SOURCE = Path(__file__).with_name("paged_attention.cc")
+_FOLDER = Path(__file__).parent
+_SOURCES = sorted(_FOLDER.glob("*.cc"))
+_HEADERS = sorted(_FOLDER.glob("*.h"))
 _COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: it may assume that NaN and infinity do not exist, and reorder sums that must not depend on the batch.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -35,6 +37,8 @@ _MATH_FLAGS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _COMPILE_LIMIT_S = 300
 _ATTENTION = "jserve_paged_attention"
 _KV_WRITE = "jserve_kv_write"
+_MATMUL = "jserve_matmul"
+_SYMBOLS = {_ATTENTION: "JservePagedAttention", _KV_WRITE: "JserveKvWrite", _MATMUL: "JserveMatmul"}
 
 
 def attend(
@@ -63,6 +67,15 @@ def write(
     return k_cache, v_cache
 
 
+def matmul(
+    x: Float32[Array, "rows ins"], weight: Float32[Array, "outs ins"], live: Int32[Array, ""]
+) -> Float32[Array, "rows outs"]:
+    _ensure_registered()
+    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), np.float32)
+    product: Array = jax.ffi.ffi_call(_MATMUL, result)(x, weight, live)
+    return product
+
+
 def unavailable() -> str | None:
     """Why the kernels cannot be used here and what to do about it, or None after making them ready."""
     try:
@@ -81,7 +94,7 @@ def _ensure_registered() -> None:
             f"the C++ kernels cannot be kept in or loaded from {cache_root() / 'native'} ({error}): "
             "set JSERVE_CACHE_DIR to a writable folder on a file system that allows programs to run"
         ) from error
-    for target, symbol in ((_ATTENTION, "JservePagedAttention"), (_KV_WRITE, "JserveKvWrite")):
+    for target, symbol in _SYMBOLS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
 
 
@@ -91,7 +104,8 @@ def _built() -> Path:
     if compiler is None:
         raise ConfigError(f"no C++ compiler ({', '.join(_COMPILERS)}) is on PATH: install one, such as g++")
     identity = "\0".join((*_FLAGS, *_MATH_FLAGS, jaxlib.version.__version__, compiler, _cpu_identity()))
-    name = hashlib.sha256(_SOURCE.read_bytes() + identity.encode()).hexdigest()[:32]
+    sources = b"\0".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS))
+    name = hashlib.sha256(sources + identity.encode()).hexdigest()[:32]
     target = cache_root() / "native" / f"{name}.so"
     if not target.exists():
         _compile(compiler, target)
@@ -104,15 +118,16 @@ def _compile(compiler: str, target: Path) -> None:
     handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     partial = Path(name)
-    command = [compiler, *_FLAGS, *_MATH_FLAGS, "-isystem", jax.ffi.include_dir(), str(_SOURCE), "-o", str(partial)]
+    sources = [str(path) for path in _SOURCES]
+    command = [compiler, *_FLAGS, *_MATH_FLAGS, "-isystem", jax.ffi.include_dir(), *sources, "-o", str(partial)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_LIMIT_S, check=False)
         if done.returncode != 0:
             problem = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:500])
-            raise ConfigError(f"{compiler} could not compile {_SOURCE.name} ({problem}): install a C++17 compiler")
+            raise ConfigError(f"{compiler} could not compile the kernels ({problem}): install a C++17 compiler")
         partial.replace(target)
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{compiler} took more than {_COMPILE_LIMIT_S} s to compile {_SOURCE.name}") from error
+        raise ConfigError(f"{compiler} took more than {_COMPILE_LIMIT_S} s to compile the kernels") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -69,9 +69,9 @@ def test_source_that_does_not_compile_is_one_clear_error(monkeypatch: pytest.Mon
     broken = tmp_path / "broken.cc"
     broken.write_text("this is not C++;")
     native._ensure_registered.cache_clear()
-    monkeypatch.setattr(native, "_SOURCE", broken)
+    monkeypatch.setattr(native, "_SOURCES", [broken])
     monkeypatch.setenv("JSERVE_CACHE_DIR", str(tmp_path))
-    assert "could not compile broken.cc" in str(native.unavailable())
+    assert "could not compile the kernels" in str(native.unavailable())
     assert not list(tmp_path.rglob("*.so"))
 
 

@@ -1,5 +1,6 @@
 """The `jserve` command. Results go to stdout, everything else to stderr; an error is one line, and exit code 2.
 
+Ctrl-C ends any command with exit code 130, SIGTERM with 143; for a server SIGTERM is the usual end, and its code 0.
 JAX is imported only by the commands that run a model in this process.
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jserve import __version__
 from jserve.config import EngineConfig, ServerConfig
 from jserve.errors import JserveError
+from jserve.interrupts import Interrupts
 from jserve.settings import Setting, build, settings_of
 
 if TYPE_CHECKING:
@@ -30,19 +32,19 @@ _DEFAULT_PORT = ServerConfig().port
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], int] = args.run
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (JserveError, OSError) as error:
-        print(f"jserve: {error}", file=sys.stderr)
-        return 2
+    with Interrupts("jserve") as interrupts:
+        args = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], int] = args.run
+        if run is _serve:
+            interrupts.statuses[signal.SIGTERM] = 0
+        try:
+            return run(args)
+        except BrokenPipeError:  # whoever read our output has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except (JserveError, OSError) as error:
+            print(f"jserve: {error}", file=sys.stderr)
+            return 2
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

@@ -65,6 +65,11 @@ class SchedConfig:
     max_waiting: int = 1024
     """Requests that may wait; one more is refused with RESOURCE_EXHAUSTED."""
 
+    @property
+    def max_open(self) -> int:
+        """Requests at once, running and waiting; each of a request's n continuations is one."""
+        return self.max_running + self.max_waiting
+
     def __post_init__(self) -> None:
         _check(self.max_running >= 1, "sched.max_running", self.max_running, "use at least 1")
         _check(

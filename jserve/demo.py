@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from jserve.errors import JserveError, Unavailable
+from jserve.interrupts import Interrupts
 from jserve.server.client import Client
 
 QUESTIONS = ("What is the capital of France?", "And what river runs through it?")
@@ -15,7 +16,7 @@ QUESTIONS = ("What is the capital of France?", "And what river runs through it?"
 def main() -> int:
     command = [sys.executable, "-P", "-m", "jserve.cli", "serve", "--port", "0"]
     print("demo: starting `jserve serve` with the embedded model (the first start downloads and compiles)", flush=True)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with Interrupts("demo"), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             talk(wait_until_ready(server))
         except JserveError as error:
@@ -23,6 +24,7 @@ def main() -> int:
             return 1
         finally:
             server.terminate()
+            server.wait()
     print(f"demo: the server has drained and ended with code {server.returncode}")
     return server.returncode
 

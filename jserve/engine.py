@@ -134,7 +134,7 @@ class Engine:
         request.sampling.check(self.info.vocab_size)
         sched = self.config.sched
         # Counted together, because a burst waits for a moment even where there is room to run.
-        if len(self._sequences) >= sched.max_running + sched.max_waiting:
+        if len(self._sequences) >= sched.max_open:
             waiting = len(self._sequences) - sched.max_running
             raise Overloaded(f"{waiting} requests are waiting, the most this server takes: retry later")
         room = limit - len(prompt)

@@ -21,6 +21,8 @@ from jserve.request import EngineOutput, EngineRequest, SamplingParams
 from jserve.result import Chunk, Usage
 from jserve.tokenizer import Tokenizer
 
+MAX_SALT_CHARS = 1024
+
 Deliver = Callable[[EngineOutput], None]
 
 
@@ -37,8 +39,10 @@ class EnginePort(Protocol):
 class Intake:
     """Makes prompts for one model, refusing what can never be served before it costs anything."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int, max_open: int) -> None:
         self.tokenizer = tokenizer
+        self.max_open = max_open
+        """Continuations that the engine takes at once."""
         self._vocab_size = vocab_size
         self._max_tokens = max_model_len
         self._max_chars = max_model_len * tokenizer.longest_token_chars
@@ -70,8 +74,15 @@ class Intake:
 
     def check(self, sampling: SamplingParams, cache_salt: str) -> None:
         sampling.check(self._vocab_size)
+        if sampling.n > self.max_open:
+            raise InvalidRequest(
+                f"n is {sampling.n}, and {self.max_open} continuations are taken at once: lower it, "
+                "or raise max_running or max_waiting"
+            )
         if not isinstance(cache_salt, str) or not _is_unicode(cache_salt):
             raise InvalidRequest(f"cache_salt is {cache_salt!r}: use text")
+        if len(cache_salt) > MAX_SALT_CHARS:
+            raise InvalidRequest(f"cache_salt has {len(cache_salt)} characters: use at most {MAX_SALT_CHARS}")
 
     def generation(
         self, port: EnginePort, deliver: Deliver, prompt: list[int], sampling: SamplingParams, cache_salt: str = ""

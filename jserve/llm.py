@@ -71,7 +71,7 @@ class LLM:
         self._thread = _EngineThread(engine)
         weakref.finalize(self, self._thread.close)  # also where nobody calls close(): at the latest when Python ends
         self.info: EngineInfo = engine.info
-        self._intake = Intake(tokenizer, self.info.vocab_size, self.info.max_model_len)
+        self._intake = Intake(tokenizer, self.info.vocab_size, self.info.max_model_len, self.config.sched.max_open)
 
     @property
     def tokenizer(self) -> Tokenizer:

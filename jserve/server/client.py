@@ -45,7 +45,8 @@ class ModelInfo:
 class Client:
     """Safe to share between threads; each call has its own stream.
 
-    `timeout_s` is the request's deadline. Sampling parameters are the fields of `SamplingParams`, by name.
+    `timeout_s` is the request's deadline. Sampling parameters are the fields of `SamplingParams`, by name. `session_id`
+    is a hint that goes to the server, which does not use it yet.
     """
 
     def __init__(self, target: str) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -29,6 +30,7 @@ from jserve.server.wire import Failed, Ready
 
 REAL_ENGINE = "jserve.engine:Engine.from_config"
 _LAST_WORDS_S = 0.5
+_REAP_S = 5.0
 
 
 class EngineClient:
@@ -63,12 +65,16 @@ class EngineClient:
             wire.config_to_json(config),
             engine,
         ]
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=sys.stderr,
-            start_new_session=True,  # a Ctrl-C in the terminal is for the front-end, which drains first
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=sys.stderr,
+                start_new_session=True,  # a Ctrl-C in the terminal is for the front-end, which drains first
+            )
+        except BaseException:
+            pipes.close()
+            raise
         return cls(process, pipes)
 
     async def ready(self) -> EngineInfo:
@@ -110,21 +116,29 @@ class EngineClient:
             deliver(failure(request_id, error))
 
     async def stop(self, patience_s: float = 5.0) -> None:
-        """End the process, by force if it does not listen."""
+        """End the process: in order if it is loaded and takes no longer than `patience_s`, else by force."""
         self._stopping = True
+        if self._ready.done():
+            self._tell(Stop())
+            await self._until_ended(patience_s)
         if self._process.returncode is None:
-            if self._ready.done():
-                self._tell(Stop())
-            else:
-                self._process.kill()  # still loading: it holds nothing yet
-            try:
-                await asyncio.wait_for(self._process.wait(), patience_s)
-            except TimeoutError:
-                self._process.kill()
-        await self.death
+            self.kill()
+            await self._until_ended(_REAP_S)
+        await asyncio.wait((self.death,), timeout=_REAP_S)
         for task in self._tasks:
             task.cancel()
         self._pipes.close()
+
+    def kill(self) -> None:
+        """End the process at once, and its children, such as a compiler: it leads a process group of its own."""
+        self._stopping = True
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def _until_ended(self, timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), timeout_s)
 
     def _tell(self, command: Command) -> None:
         with contextlib.suppress(zmq.ZMQError):  # dying: `_watch` tells the callers
@@ -162,8 +176,7 @@ class EngineClient:
         if task.cancelled() or (error := task.exception()) is None:
             return
         traceback.print_exception(error)
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self.kill()
         self._release(Unavailable(f"the front-end failed: {type(error).__name__}: {error}"))
 
     def _release(self, error: JserveError) -> None:

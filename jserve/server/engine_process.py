@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -33,7 +34,9 @@ EngineMaker = Callable[[EngineConfig, "Progress"], "Engine"]
 def main(folder: str, config: str, engine: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):  # a service manager sends them to all: the front-end drains first
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
+    parent = os.dup(sys.stdin.fileno())  # ours alone: a child of ours that held it would hide our end from the parent
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    threading.Thread(target=_die_with, args=(parent, folder), name="parent-watch", daemon=True).start()
     with zmq.Context() as context, context.socket(zmq.PULL) as commands, context.socket(zmq.PUSH) as events:
         for name, socket in ((wire.COMMANDS, commands), (wire.EVENTS, events)):
             socket.set_hwm(0)  # the front-end bounds what is under way; here nothing may be dropped or wait
@@ -78,10 +81,11 @@ def _receive(socket: zmq.Socket[bytes], block: bool) -> Iterator[Command]:
             return
 
 
-def _die_with_parent() -> None:
-    """The read ends when the parent does, however it does: no orphan keeps the device."""
-    while os.read(sys.stdin.fileno(), 4096):
+def _die_with(parent: int, folder: str) -> None:
+    """Reading ends when the parent does, however it does: no orphan keeps the device, and the sockets go."""
+    while os.read(parent, 4096):
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

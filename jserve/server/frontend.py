@@ -1,7 +1,7 @@
 """The front-end process: gRPC, health, reflection, tokenizer. It starts and watches the engine process.
 
-Its life: find the model, load it (health says NOT_SERVING), serve, drain on SIGTERM or SIGINT, end.
-JAX is never imported here.
+Its life: find the model, load it (health says NOT_SERVING), serve, drain on SIGTERM or SIGINT, end. A signal while it
+loads, or a second one, ends it at once. JAX is never imported here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from jserve.tokenizer import Tokenizer
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Jserve"].full_name
 _REFLECTED = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+_SHUT_DOWN = Unavailable("the server has shut down before the answer was complete: ask another one")
 _PENDING_CALLS = 1_000_000
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server would share the port in silence
@@ -51,13 +54,19 @@ _OPTIONS = (
 
 
 def serve(config: EngineConfig, server: ServerConfig, engine: str = REAL_ENGINE) -> int:
-    """Serve until told to stop, then return 0. Raises the JserveError that kept or stopped it from serving."""
+    """Serve until a signal says to stop, which then has its usual effect (the command line's: an exit status).
+
+    Raises the JserveError that kept or stopped it from serving.
+    """
     _check_free(server.host, server.port)
     progress = RichProgress()
     for line in [*describe(server, "server."), *describe(config)]:
         progress.note(f"  {line}")
     path = resolve_model(config.model, progress)  # may download: here, where Ctrl-C simply ends it
-    return asyncio.run(FrontEnd(config, server, path, engine).run())
+    with asyncio.Runner() as runner:
+        number = runner.run(FrontEnd(config, server, path, engine).run())
+        signal.raise_signal(number)  # in here: leaving the runner waits for a tokenizer that still loads
+    return 128 + number
 
 
 class FrontEnd:
@@ -68,32 +77,39 @@ class FrontEnd:
         self._path = path
         self._server_config = server
         self._engine_maker = engine
+        self._engine: EngineClient | None = None
         self._servicer = JserveServicer()
         self._health = health.aio.HealthServicer()
+        self._told: int | None = None
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
 
     async def run(self) -> int:
+        """The number of the signal that ended it."""
+        with _on_signals(self._told_to_stop):
+            await self._live()
+        assert self._told is not None
+        return self._told
+
+    async def _live(self) -> None:
         start_s = time.perf_counter()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._told_to_stop)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         grpc_server, port = self._bind()
         await grpc_server.start()
-        engine: EngineClient | None = None
         try:
             found = dataclasses.replace(self._config, model=str(self._path))
-            engine = await EngineClient.start(found, self._engine_maker)
+            engine = self._engine = await EngineClient.start(found, self._engine_maker)
             if await self._load(engine):
                 await self._say(health_pb2.HealthCheckResponse.SERVING)
                 took_s = time.perf_counter() - start_s
                 print(f"jserve: ready on {_address(self._server_config.host, port)} ({took_s:.1f} s)", flush=True)
                 await self._until_told(engine)
-            return 0
+            else:
+                engine.kill()  # it holds nothing yet
         finally:
             await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
-            if engine is not None:
-                await engine.stop()
+            if self._engine is not None:
+                await self._engine.stop()
             await grpc_server.stop(grace=1.0)
 
     # --- start ------------------------------------------------------------------------------------------------------
@@ -110,36 +126,42 @@ class FrontEnd:
             raise ConfigError(f"cannot listen on {address}: {error}") from None
 
     async def _load(self, engine: EngineClient) -> bool:
-        """Tokenizer here while the engine loads there. False if told to stop meanwhile."""
-        loading = asyncio.gather(engine.ready(), asyncio.to_thread(Tokenizer.load, self._path))
-        stopped = asyncio.ensure_future(self._stop.wait())
-        both: list[asyncio.Future[Any]] = [loading, stopped]
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        """Make what there is to serve. False if told to stop meanwhile."""
+        making = asyncio.create_task(self._make_serving(engine))
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait((making, stopped), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        if not loading.done():
-            loading.cancel()
+        if making.cancel():  # it was still under way
             return False
-        info, tokenizer = loading.result()
-        names = {info.model, self._config.model or DEFAULT_MODEL.name}
-        sched = self._config.sched
-        self._servicer.serving = Serving(
-            engine=engine,
-            intake=Intake(tokenizer, info.vocab_size, info.max_model_len),
-            info=info,
-            model_names=frozenset(names),
-            max_open=sched.max_running + sched.max_waiting,
-        )
+        self._servicer.serving = making.result()
         self._servicer.refusing = None
         return True
 
+    async def _make_serving(self, engine: EngineClient) -> Serving:
+        """Tokenizer here while the engine loads there."""
+        info, tokenizer = await asyncio.gather(engine.ready(), asyncio.to_thread(Tokenizer.load, self._path))
+        return Serving(
+            engine=engine,
+            intake=Intake(tokenizer, info.vocab_size, info.max_model_len, self._config.sched.max_open),
+            info=info,
+            model_names=frozenset({info.model, self._config.model or DEFAULT_MODEL.name}),
+        )
+
     # --- end --------------------------------------------------------------------------------------------------------
 
-    def _told_to_stop(self) -> None:
-        (self._hurry if self._stop.is_set() else self._stop).set()
+    def _told_to_stop(self, number: int) -> None:
+        if self._told is None:
+            self._told = number
+            self._stop.set()
+        else:
+            self._hurry.set()
+            if self._engine is not None:
+                self._engine.cancel_all(_SHUT_DOWN)
+                self._engine.kill()
 
     async def _until_told(self, engine: EngineClient) -> None:
         """Serve; on a signal drain; if the engine dies, raise why."""
-        stopped = asyncio.ensure_future(self._stop.wait())
+        stopped = asyncio.create_task(self._stop.wait())
         both: list[asyncio.Future[Any]] = [stopped, engine.death]
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         self._servicer.refusing = "the server is shutting down: ask another one"
@@ -154,7 +176,7 @@ class FrontEnd:
         timeout_s = self._server_config.drain_timeout_s
         print(f"jserve: draining, at most {timeout_s:g} s (again to stop at once)", file=sys.stderr)
         await self._until_idle(timeout_s)
-        engine.cancel_all(Unavailable("the server has shut down before the answer was complete: ask another one"))
+        engine.cancel_all(_SHUT_DOWN)
         await self._until_idle(1.0)
 
     async def _until_idle(self, timeout_s: float) -> None:
@@ -166,6 +188,21 @@ class FrontEnd:
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", _SERVICE):
             await self._health.set(service, status)
+
+
+@contextmanager
+def _on_signals(act: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `act` on the running loop, and afterwards to whoever had them before."""
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        loop.add_signal_handler(number, act, number)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 def _address(host: str, port: int) -> str:

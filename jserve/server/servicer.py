@@ -38,8 +38,6 @@ class Serving:
     info: EngineInfo
     model_names: frozenset[str]
     """What a request may call the model."""
-    max_open: int
-    """Continuations at once: those that run and those that wait."""
 
 
 class JserveServicer(pb_grpc.JserveServicer):
@@ -122,11 +120,6 @@ class JserveServicer(pb_grpc.JserveServicer):
     @contextmanager
     def _places(self, count: int, limit: int) -> Iterator[None]:
         """Room for the continuations of one call, from before its prompt is tokenized until its last word is out."""
-        if count > limit:
-            raise InvalidRequest(
-                f"n is {count}, and this server takes {limit} continuations at once: lower it, "
-                "or serve with a larger --max-running or --max-waiting"
-            )
         if self.under_way + count > limit:
             raise Overloaded(f"{self.under_way} requests are under way of {limit} that this server takes: retry later")
         self.under_way += count
@@ -147,7 +140,7 @@ class JserveServicer(pb_grpc.JserveServicer):
         serving = self._admit(request.model)
         intake = serving.intake
         intake.check(sampling, request.cache_salt)
-        with self._places(sampling.n, serving.max_open):
+        with self._places(sampling.n, intake.max_open):
             token_ids = await prompt(intake)
             outputs: asyncio.Queue[EngineOutput] = asyncio.Queue()
             generation = intake.generation(serving.engine, outputs.put_nowait, token_ids, sampling, request.cache_salt)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import time
 
 from jserve.config import EngineConfig
@@ -51,3 +53,16 @@ def make_slowly(config: EngineConfig, progress: Progress) -> Engine:
     """Loads for longer than any test waits."""
     time.sleep(120)
     return make(config, progress)
+
+
+def make_with_a_compiler(config: EngineConfig, progress: Progress) -> Engine:
+    """Waits for a child process, as while a kernel is compiled."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+    print("compiler", child.pid, file=sys.stderr, flush=True)
+    child.wait()
+    return make(config, progress)
+
+
+def make_with_a_bar(config: EngineConfig, progress: Progress) -> Engine:
+    with progress.track("loading", total=1):
+        return make_slowly(config, progress)

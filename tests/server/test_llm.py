@@ -98,6 +98,14 @@ def test_an_llm_lives_as_long_as_its_stream_and_no_longer() -> None:
     assert threading.active_count() == before
 
 
+def test_more_continuations_than_can_be_open_are_refused_before_they_start() -> None:
+    with new_llm(engine_config(max_running=2, max_waiting=2)) as llm:
+        with pytest.raises(InvalidRequest, match="n is 5, and 4 continuations are taken at once"):
+            llm.generate("x", n=5)
+        assert llm.stats()["steps"] == 0
+        assert len(llm.generate("x", n=3, max_tokens=2).choices) == 3
+
+
 def test_wrong_requests_are_refused_and_the_rest_goes_on(llm: LLM) -> None:
     with pytest.raises(InvalidRequest, match="n is 0"):
         llm.generate("x", n=0)
@@ -122,6 +130,11 @@ def test_a_salt_that_is_no_text_is_named_and_the_rest_goes_on(llm: LLM, wrong: o
     with pytest.raises(InvalidRequest, match=r"cache_salt is .*: use text"):
         llm.generate("x", cache_salt=wrong)
     assert llm.generate("x", max_tokens=2).output_tokens == 2
+
+
+def test_a_salt_as_long_as_a_book_is_refused(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="cache_salt has 1025 characters: use at most 1024"):
+        llm.generate("x", cache_salt="s" * 1025)
 
 
 def test_more_token_ids_than_the_context_are_refused_before_each_is_looked_at(llm: LLM) -> None:

@@ -37,7 +37,7 @@ class SlowIntake(Intake):
     """Tokenizes when told to, and finds nothing."""
 
     def __init__(self) -> None:
-        super().__init__(byte_tokenizer(), 259, 10**9)
+        super().__init__(byte_tokenizer(), 259, 10**9, max_open=3)
         self.go_on = threading.Event()
 
     def of_text(self, text: str) -> list[int]:
@@ -53,7 +53,7 @@ def test_a_prompt_that_is_still_being_tokenized_has_its_places() -> None:
     intake, call = SlowIntake(), cast(Any, Call())
     info = EngineInfo("m", "m", 259, 1000, 16, 100, 64, "none", "simulated", 0, 0)
     servicer = JserveServicer()
-    servicer.serving = Serving(cast(EngineClient, None), intake, info, frozenset({"m"}), max_open=3)
+    servicer.serving = Serving(cast(EngineClient, None), intake, info, frozenset({"m"}))
     servicer.refusing = None
 
     async def work() -> None:

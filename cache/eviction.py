@@ -1,0 +1,175 @@
+"""Which block of a full tier goes first: LRU, FIFO (FlashGen §3.2) and look-ahead (CachedAttention, scheduler-aware).
+
+One contract, `EvictionOrder`, and one comparable rank a strategy: the smallest rank is the next victim. Two rules
+stand above every rank. A pinned block is never a victim. A block that has children in the tier is never a victim
+either: without their parent its children could not be found, so a chain goes from its tail to its head.
+
+Pure bookkeeping over keys: it owns no block and no byte.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from jserve.errors import ConfigError
+
+Rank = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Entry:
+    """What a rank may depend on. `inserted` and `used` are readings of one counter, which never repeats."""
+
+    parent: bytes | None
+    inserted: int
+    used: int
+    pins: int = 0
+    position: int | None = None
+    """Place of the first waiting request that needs the block; None if no waiting request is known to."""
+    rank: Rank | None = None
+    """The rank that is in the heap; None while the block may not go."""
+
+
+def lru(entry: Entry) -> Rank:
+    """Least recently used first."""
+    return (0, entry.used)
+
+
+def fifo(entry: Entry) -> Rank:
+    """Oldest first, however often it was used: FlashGen's order."""
+    return (0, entry.inserted)
+
+
+def look_ahead(entry: Entry) -> Rank:
+    """What no waiting request needs goes first, least recently used; then what is needed latest (CachedAttention)."""
+    return (0, entry.used) if entry.position is None else (1, -entry.position)
+
+
+STRATEGIES: dict[str, Callable[[Entry], Rank]] = {"lru": lru, "fifo": fifo, "lookahead": look_ahead}
+
+
+class EvictionOrder:
+    """The blocks of one tier in the order in which they may go.
+
+    Every call costs O(log n) at most, amortised; `set_lookahead` that for each key that it names or named.
+    """
+
+    def __init__(self, strategy: str = "lru") -> None:
+        if strategy not in STRATEGIES:
+            raise ConfigError(f"there is no eviction strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
+        self.strategy = strategy
+        self._rank = STRATEGIES[strategy]
+        self._entries: dict[bytes, Entry] = {}
+        self._children: dict[bytes, int] = {}  # of any parent, in the tier or not: it may come (back) after them
+        self._heap: list[tuple[Rank, bytes]] = []  # with stale ranks, which are dropped when they surface
+        self._positions: dict[bytes, int] = {}
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
+    def is_pinned(self, key: bytes) -> bool:
+        return self._entries[key].pins > 0
+
+    def insert(self, key: bytes, parent: bytes | None = None) -> None:
+        """A block has come into the tier, unpinned. `parent`: the block before it in its chain, if known."""
+        if key in self._entries:
+            raise ValueError(f"block {key.hex()} is in this tier already")
+        now = self._tick()
+        self._entries[key] = Entry(None, now, now, position=self._positions.get(key))
+        self._adopt(key, parent)
+        self._refresh(key)
+
+    def touch(self, key: bytes) -> None:
+        """The block was used."""
+        self._entries[key].used = self._tick()
+        self._refresh(key)
+
+    def touch_chain(self, keys: Iterable[bytes]) -> None:
+        """A chain was used, head first. What the tier did not know of parents, as after a restart, it learns here."""
+        chain = list(keys)
+        for key, parent in zip(chain[1:], chain, strict=False):
+            self._adopt(key, parent)
+        for key in reversed(chain):  # so that the head is the youngest
+            self.touch(key)
+
+    def pin(self, key: bytes) -> None:
+        """Keep the block until as many `unpin`."""
+        self._entries[key].pins += 1
+        self._refresh(key)
+
+    def unpin(self, key: bytes) -> None:
+        entry = self._entries[key]
+        if entry.pins == 0:
+            raise ValueError(f"block {key.hex()} is unpinned, but nobody has pinned it")
+        entry.pins -= 1
+        self._refresh(key)
+
+    def remove(self, key: bytes) -> None:
+        """The block has left the tier, pinned or not, with children or without."""
+        entry = self._entries.pop(key)
+        self._disown(entry)
+
+    def pop_victim(self) -> bytes | None:
+        """Take out the next block to go; None, and no change, if none may."""
+        while self._heap:
+            rank, key = heapq.heappop(self._heap)
+            entry = self._entries.get(key)
+            if entry is not None and entry.rank == rank:
+                self.remove(key)
+                return key
+        return None
+
+    def set_lookahead(self, keys: Iterable[bytes]) -> None:
+        """The blocks that waiting requests need, in queue order. It replaces what was said before."""
+        before = self._positions
+        self._positions = {}
+        for key in keys:
+            self._positions.setdefault(key, len(self._positions))
+        for key in before.keys() | self._positions.keys():
+            entry = self._entries.get(key)
+            if entry is not None and entry.position != self._positions.get(key):
+                entry.position = self._positions.get(key)
+                self._refresh(key)
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _adopt(self, key: bytes, parent: bytes | None) -> None:
+        entry = self._entries[key]
+        if parent is None or entry.parent is not None:
+            return
+        entry.parent = parent
+        self._children[parent] = self._children.get(parent, 0) + 1
+        if parent in self._entries:
+            self._refresh(parent)
+
+    def _disown(self, entry: Entry) -> None:
+        if entry.parent is None:
+            return
+        left = self._children[entry.parent] - 1
+        if left:
+            self._children[entry.parent] = left
+        else:
+            del self._children[entry.parent]
+            if entry.parent in self._entries:
+                self._refresh(entry.parent)
+
+    def _refresh(self, key: bytes) -> None:
+        """Put the block where its rank is now, or out of the order while it may not go."""
+        entry = self._entries[key]
+        rank = None if entry.pins or key in self._children else self._rank(entry)
+        if rank == entry.rank:
+            return
+        entry.rank = rank
+        if rank is not None:
+            heapq.heappush(self._heap, (rank, key))
+            if len(self._heap) > 2 * len(self._entries) + 64:
+                self._heap = [(e.rank, k) for k, e in self._entries.items() if e.rank is not None]
+                heapq.heapify(self._heap)

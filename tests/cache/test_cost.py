@@ -1,0 +1,362 @@
+"""The cost model reproduces published measurements, and its decisions are the best there are, quickly enough."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jserve.cache.cost import (
+    CostModel,
+    DecodeCost,
+    LinkCost,
+    PrefillCost,
+    Reach,
+    break_even_bytes_per_s,
+    by_cost,
+    restore_strategy,
+    swap_or_recompute,
+)
+from jserve.cache.cost_fit import fit_decode, fit_link, fit_prefill
+from jserve.errors import ConfigError
+
+A100_FLOPS, H200_FLOPS = 312e12, 989e12
+LLAMA2_7B = {"num_params": 6.74e9, "num_layers": 32, "query_width": 4096}
+
+# "Uncover the Overhead and Resource Usage for Handling KV Cache Overflow in LLM Inference" (SC'24 poster), A100-40GB,
+# Llama-2-7B: seconds to recompute so many tokens at block 16, and to swap about 4 K tokens out and in, by block size.
+RECOMPUTE_S = {1024: 0.0675, 2048: 0.1284, 4096: 0.2575, 8192: 0.5440, 16384: 1.2168}
+SWAP_4K_S = {2: 0.8063, 4: 0.5066, 8: 0.3342, 16: 0.2544, 32: 0.2105, 64: 0.1808}
+PINNED_PCIE4 = LinkCost(26.7e9, 2.46e-6)
+
+
+def llama2_7b_on_a100(block: int = 16) -> CostModel:
+    """Swapped as vLLM did it: one copy for each layer's K and V of a block."""
+    prefill = PrefillCost.from_flops(
+        **LLAMA2_7B, flops_per_s=A100_FLOPS, linear_efficiency=0.765, attention_efficiency=0.79, overhead_s=0.0085
+    )
+    return CostModel(
+        prefill,
+        DecodeCost(0.01),
+        replace(PINNED_PCIE4),
+        replace(PINNED_PCIE4),
+        disk_read=LinkCost(3.5e9, 1e-4),
+        disk_write=LinkCost(2e9, 1e-4),
+        block_tokens=block,
+        block_bytes=524_288 * block,
+        blocks_per_copy=1,
+    )
+
+
+@pytest.mark.parametrize("tokens", RECOMPUTE_S)
+def test_prefill_time_of_llama2_7b_is_the_published_one_within_half_a_percent(tokens: int) -> None:
+    assert llama2_7b_on_a100().prefill.seconds(tokens) == pytest.approx(RECOMPUTE_S[tokens], rel=0.005)
+
+
+@pytest.mark.parametrize("block", SWAP_4K_S)
+def test_swap_time_by_block_size_is_the_published_one_within_six_percent(block: int) -> None:
+    copies = 4096 // block * 2 * LLAMA2_7B["num_layers"]
+    out_and_in = 2 * PINNED_PCIE4.seconds(4096 * 524_288, copies)
+    assert out_and_in == pytest.approx(SWAP_4K_S[block], rel=0.06)
+
+
+def per_layer_copies(block: int) -> CostModel:
+    model = llama2_7b_on_a100(block)
+    each = 2 * LLAMA2_7B["num_layers"] * PINNED_PCIE4.per_copy_s
+    model.host_to_device = LinkCost(PINNED_PCIE4.bytes_per_s, each)
+    model.device_to_host = LinkCost(PINNED_PCIE4.bytes_per_s, each)
+    return model
+
+
+def test_two_way_swap_and_recompute_are_at_par_at_block_16() -> None:
+    at_16 = swap_or_recompute(per_layer_copies(16), 4096)
+    assert at_16.swap_s == pytest.approx(at_16.recompute_s, rel=0.1)
+    assert not swap_or_recompute(per_layer_copies(8), 4096).swap
+    assert swap_or_recompute(per_layer_copies(32), 4096).swap
+
+
+def test_written_through_blocks_are_swapped_one_way() -> None:
+    model = per_layer_copies(8)
+    one_way = swap_or_recompute(model, 4096, written_tokens=4096)
+    assert one_way.swap_s == pytest.approx(swap_or_recompute(model, 4096).swap_s / 2)
+    assert one_way.swap
+
+
+def test_a_swap_without_room_on_the_host_is_a_recompute() -> None:
+    model = per_layer_copies(64)
+    assert swap_or_recompute(model, 4096).swap
+    assert not swap_or_recompute(model, 4096, host_room_blocks=63).swap
+    assert swap_or_recompute(model, 4096, written_tokens=4096, host_room_blocks=0).swap
+
+
+@pytest.mark.parametrize(
+    ("name", "num_params", "kv_bytes", "flops", "efficiency", "gb_per_s"),
+    [
+        ("Llama-2-7B, A100", 6.74e9, 524_288, A100_FLOPS, 0.6, 7.3),
+        ("Llama-2-7B, A100", 6.74e9, 524_288, A100_FLOPS, 0.75, 9.1),
+        ("OPT-13B, A100", 12.85e9, 819_200, A100_FLOPS, 0.6, 6.0),
+        ("OPT-13B, A100", 12.85e9, 819_200, A100_FLOPS, 0.75, 7.5),
+        ("OPT-30B, 2 A100", 29.97e9, 1_376_256, 2 * A100_FLOPS, 0.6, 8.6),
+        ("OPT-30B, 2 A100", 29.97e9, 1_376_256, 2 * A100_FLOPS, 0.75, 10.8),
+        ("Llama-2-70B, 2 A100", 68.98e9, 327_680, 2 * A100_FLOPS, 0.6, 0.9),
+        ("Llama-2-70B, 2 A100", 68.98e9, 327_680, 2 * A100_FLOPS, 0.75, 1.1),
+        ("OPT-13B, H200", 12.85e9, 819_200, H200_FLOPS, 0.55, 17.3),
+    ],
+)
+def test_loading_wins_from_the_first_order_break_even_bandwidth_on(
+    name: str, num_params: float, kv_bytes: int, flops: float, efficiency: float, gb_per_s: float
+) -> None:
+    linear = PrefillCost.from_flops(num_params, 0, 0, flops, linear_efficiency=efficiency, overhead_s=0)
+    assert break_even_bytes_per_s(linear, 4096, kv_bytes) / 1e9 == pytest.approx(gb_per_s, abs=0.1), name
+
+
+def test_attention_only_helps_loading() -> None:
+    prefill = llama2_7b_on_a100().prefill
+    needed = [break_even_bytes_per_s(prefill, tokens, 524_288) for tokens in (4096, 8192, 16384)]
+    assert needed == sorted(needed, reverse=True)
+    assert break_even_bytes_per_s(prefill, 100, 524_288, fixed_s=1.0) == math.inf
+
+
+def mha_on_nvme() -> CostModel:
+    """OPT-30B on two A100s: NVMe at 3.5 GB/s is slower than computing."""
+    prefill = PrefillCost.from_flops(29.97e9, 48, 7168, 2 * A100_FLOPS, overhead_s=0.01)
+    kv = 1_376_256 * 16
+    return CostModel(
+        prefill, DecodeCost(0.03), LinkCost(50e9), LinkCost(50e9), LinkCost(3.5e9), LinkCost(3e9), 16, kv, 8
+    )
+
+
+def gqa_on_nvme() -> CostModel:
+    """Llama-2-70B on two A100s: the same disk is four times as fast as computing."""
+    prefill = PrefillCost.from_flops(68.98e9, 80, 8192, 2 * A100_FLOPS, overhead_s=0.01)
+    kv = 327_680 * 16
+    return CostModel(
+        prefill, DecodeCost(0.05), LinkCost(50e9), LinkCost(50e9), LinkCost(3.5e9), LinkCost(3e9), 16, kv, 8
+    )
+
+
+def test_a_disk_slower_than_computing_is_left_alone_and_a_faster_one_is_read() -> None:
+    reach = Reach(4096 + 90, device_blocks=0, host_blocks=0, disk_blocks=256)
+    mha, gqa = by_cost(mha_on_nvme(), reach), by_cost(gqa_on_nvme(), reach)
+    assert (mha.stage_disk_blocks, mha.recompute_tokens) == (0, 4186)
+    assert (gqa.stage_disk_blocks, gqa.recompute_tokens) == (256, 90)
+    assert mha.load_ttft_s > mha.recompute_ttft_s
+    assert gqa.load_ttft_s < gqa.recompute_ttft_s / 3
+
+
+def test_a_queue_that_hides_the_read_makes_the_slow_disk_worth_it() -> None:
+    reach = Reach(4186, 0, 0, 256, waiting=2, hidden_s=2.0)
+    assert by_cost(mha_on_nvme(), reach).stage_disk_blocks == 256
+    half = by_cost(mha_on_nvme(), replace(reach, hidden_s=0.8))
+    assert half.stage_disk_blocks == math.floor(0.8 / mha_on_nvme().stage_s(1))
+
+
+def test_the_host_part_is_loaded_where_the_disk_part_is_not() -> None:
+    plan = by_cost(mha_on_nvme(), Reach(4186, device_blocks=10, host_blocks=100, disk_blocks=256))
+    assert (plan.load_host_blocks, plan.stage_disk_blocks, plan.recompute_tokens) == (90, 0, 4186 - 1600)
+
+
+def test_layer_by_layer_the_split_is_where_loading_meets_computing() -> None:
+    model = mha_on_nvme()
+    model.disk_read.bytes_per_s = break_even_bytes_per_s(model.prefill, 4096, 1_376_256)
+    plan = by_cost(model, Reach(4186, 0, 0, 256), layerwise=True)
+    assert 100 < plan.stage_disk_blocks < 156
+    assert plan.ttft_s == pytest.approx(min(plan.load_ttft_s, plan.recompute_ttft_s) / 2, rel=0.15)
+
+
+def test_what_has_no_room_is_deferred_not_forgotten() -> None:
+    plan = by_cost(gqa_on_nvme(), Reach(4186, 0, 50, 256, staging_room_blocks=20))
+    assert (plan.load_host_blocks, plan.stage_disk_blocks, plan.deferred_disk_blocks) == (50, 20, 186)
+    assert plan.recompute_tokens == 4186 - 70 * 16
+
+
+def test_flashgen_reads_the_disk_only_behind_a_waiting_request() -> None:
+    choose = restore_strategy("flashgen")
+    alone, behind = Reach(4186, 0, 100, 256), Reach(4186, 0, 100, 256, waiting=1)
+    for model in (mha_on_nvme(), gqa_on_nvme()):
+        assert (choose(model, alone).load_host_blocks, choose(model, alone).stage_disk_blocks) == (100, 0)
+        assert (choose(model, behind).load_host_blocks, choose(model, behind).stage_disk_blocks) == (100, 156)
+
+
+def test_the_threshold_asks_for_a_long_read_and_a_queue() -> None:
+    choose = restore_strategy("threshold:2048")
+    model = mha_on_nvme()
+    assert choose(model, Reach(4186, 0, 128, 256, waiting=1)).stage_disk_blocks == 128
+    assert choose(model, Reach(4186, 0, 129, 256, waiting=1)).stage_disk_blocks == 0
+    assert choose(model, Reach(4186, 0, 0, 256, waiting=0)).stage_disk_blocks == 0
+
+
+def test_always_and_never_look_at_nothing() -> None:
+    reach = Reach(4186, 10, 100, 256)
+    always, never = restore_strategy("always")(mha_on_nvme(), reach), restore_strategy("never")(gqa_on_nvme(), reach)
+    assert (always.load_host_blocks, always.stage_disk_blocks) == (90, 156)
+    assert (never.load_host_blocks, never.stage_disk_blocks, never.recompute_tokens) == (0, 0, 4186 - 160)
+
+
+@pytest.mark.parametrize("name", ["best", "threshold", "threshold:", "threshold:-1", "cost:3", ""])
+def test_an_unknown_strategy_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(ConfigError, match="cost, flashgen, always, never, or threshold:TOKENS"):
+        restore_strategy(name)
+
+
+def test_reaches_that_shrink_from_tier_to_tier_are_refused() -> None:
+    with pytest.raises(ValueError, match="must grow"):
+        Reach(100, 3, 2, 5)
+
+
+def test_the_reason_says_what_and_why() -> None:
+    reason = by_cost(gqa_on_nvme(), Reach(4186, 0, 0, 256)).reason
+    assert reason.startswith("least time: load 0 and stage 256 blocks, compute 90 tokens in ")
+
+
+# --- properties of the choice
+
+MICROSECONDS = st.integers(0, 5000).map(lambda us: us * 1e-6)
+MODELS = st.builds(
+    lambda t0, a, b, link, disk, per_copy, per_read: CostModel(
+        PrefillCost(t0, a, b),
+        DecodeCost(0.01),
+        LinkCost(link * 1e8, per_copy),
+        LinkCost(link * 1e8, per_copy),
+        LinkCost(disk * 1e7, per_read),
+        LinkCost(1e9),
+        block_tokens=16,
+        block_bytes=1 << 20,
+        blocks_per_copy=4,
+    ),
+    t0=MICROSECONDS,
+    a=MICROSECONDS,
+    b=st.integers(0, 1000).map(lambda ns: ns * 1e-9),
+    link=st.integers(1, 1000),
+    disk=st.integers(1, 3000),
+    per_copy=MICROSECONDS,
+    per_read=MICROSECONDS,
+)
+REACHES = st.builds(
+    lambda a, b, c, extra, hidden, room: Reach(
+        (a + b + c) * 16 + extra, a, a + b, a + b + c, hidden_s=hidden, staging_room_blocks=room
+    ),
+    a=st.integers(0, 20),
+    b=st.integers(0, 60),
+    c=st.integers(0, 120),
+    extra=st.integers(1, 200),
+    hidden=st.integers(0, 3000).map(lambda ms: ms * 1e-3),
+    room=st.integers(0, 200),
+)
+
+
+def split(plan: Any) -> int:
+    return int(plan.load_host_blocks + plan.stage_disk_blocks)
+
+
+@settings(max_examples=300, deadline=None)
+@given(MODELS, REACHES, st.booleans())
+def test_no_other_split_is_better(model: CostModel, reach: Reach, layerwise: bool) -> None:
+    plan = by_cost(model, reach, layerwise=layerwise)
+    most = min(reach.disk_blocks, reach.host_blocks + reach.staging_room_blocks)
+
+    def ttft_s(x: int) -> float:
+        read_s = max(0.0, model.stage_s(max(0, x - reach.host_blocks)) - reach.hidden_s)
+        load_s = read_s + model.load_s(x - reach.device_blocks)
+        compute_s = model.prefill.seconds(reach.prompt_tokens - 16 * x, 16 * x)
+        return reach.hidden_s + (max(load_s, compute_s) if layerwise else load_s + compute_s)
+
+    best = min(ttft_s(x) for x in range(reach.device_blocks, most + 1))
+    assert plan.ttft_s == pytest.approx(best, rel=1e-9, abs=1e-12)
+    assert ttft_s(reach.device_blocks + split(plan)) == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(MODELS, REACHES, st.booleans(), st.integers(2, 10))
+def test_a_faster_disk_never_makes_more_tokens_computed(
+    model: CostModel, reach: Reach, layerwise: bool, times: int
+) -> None:
+    slow = by_cost(model, reach, layerwise=layerwise)
+    faster = replace(model, disk_read=LinkCost(model.disk_read.bytes_per_s * times, model.disk_read.per_copy_s / times))
+    assert by_cost(faster, reach, layerwise=layerwise).recompute_tokens <= slow.recompute_tokens
+
+
+@settings(max_examples=300, deadline=None)
+@given(MODELS, REACHES, st.booleans(), st.integers(1, 3000))
+def test_a_longer_queue_never_stages_less(model: CostModel, reach: Reach, layerwise: bool, more_ms: int) -> None:
+    longer = replace(reach, hidden_s=reach.hidden_s + more_ms * 1e-3)
+    before, after = (by_cost(model, r, layerwise=layerwise) for r in (reach, longer))
+    assert after.stage_disk_blocks >= before.stage_disk_blocks
+
+
+@settings(max_examples=300, deadline=None)
+@given(MODELS, REACHES, st.sampled_from(["cost", "flashgen", "threshold:512", "always", "never"]), st.booleans())
+def test_every_plan_is_a_prefix_within_its_room(model: CostModel, reach: Reach, name: str, layerwise: bool) -> None:
+    plan = restore_strategy(name, layerwise=layerwise)(model, reach)
+    assert 0 <= plan.load_host_blocks <= reach.host_blocks - reach.device_blocks
+    assert 0 <= plan.stage_disk_blocks <= min(reach.disk_blocks - reach.host_blocks, reach.staging_room_blocks)
+    assert plan.stage_disk_blocks == 0 or plan.load_host_blocks == reach.host_blocks - reach.device_blocks
+    assert plan.stage_disk_blocks + plan.deferred_disk_blocks <= reach.disk_blocks - reach.host_blocks
+    assert plan.recompute_tokens == reach.prompt_tokens - 16 * (reach.device_blocks + split(plan)) >= 1
+
+
+# --- calibration
+
+
+def test_the_fit_finds_the_numbers_that_made_the_samples() -> None:
+    true = llama2_7b_on_a100().prefill
+    fitted = fit_prefill((n, c, true.seconds(n, c)) for n in (64, 512, 2048) for c in (0, 1024, 8192))
+    assert fitted.overhead_s == pytest.approx(true.overhead_s, rel=1e-6)
+    assert fitted.per_token_s == pytest.approx(true.per_token_s, rel=1e-6)
+    assert fitted.per_pair_s == pytest.approx(true.per_pair_s, rel=1e-6)
+    decode = DecodeCost(0.02, 1e-4, 3e-7)
+    found = fit_decode((b, b * c, decode.seconds(b, b * c)) for b in (1, 8, 32) for c in (128, 4096))
+    assert found.per_context_token_s == pytest.approx(3e-7, rel=1e-6)
+    link = fit_link((size * n, n, PINNED_PCIE4.seconds(size * n, n)) for size in (1 << 14, 1 << 20) for n in (1, 64))
+    assert (link.bytes_per_s, link.per_copy_s) == (pytest.approx(26.7e9), pytest.approx(2.46e-6))
+
+
+def test_the_fit_gives_no_negative_number_for_noisy_samples() -> None:
+    fitted = fit_prefill([(16, 0, 0.030), (64, 0, 0.028), (256, 0, 0.031), (512, 0, 0.029)])
+    assert min(fitted.overhead_s, fitted.per_token_s, fitted.per_pair_s) >= 0
+    assert fitted.seconds(128) == pytest.approx(0.0295, rel=0.1)
+    assert fit_link([(4096, 1, 1e-4), (8192, 1, 1e-4)]).bytes_per_s < math.inf
+    with pytest.raises(ValueError, match="needs samples"):
+        fit_prefill([])
+
+
+def test_observations_correct_the_model_and_an_outlier_hardly_moves_it() -> None:
+    model = llama2_7b_on_a100()
+    for _ in range(60):
+        model.prefill.observe(1024, 0, 2 * 0.0675)
+        model.disk_read.observe(1 << 20, 1, 3 * LinkCost(3.5e9, 1e-4).seconds(1 << 20))
+    assert model.prefill.seconds(4096) == pytest.approx(2 * 0.2575, rel=0.02)
+    assert model.disk_read.scale == pytest.approx(3, rel=0.02)
+    before = model.prefill.scale
+    model.prefill.observe(1024, 0, 1000.0)
+    assert model.prefill.scale / before < 1.08
+    model.prefill.observe(0, 0, 1.0)
+    model.prefill.observe(10, 0, 0.0)
+    assert model.prefill.scale / before < 1.08
+
+
+def test_a_model_survives_json() -> None:
+    model = llama2_7b_on_a100()
+    model.disk_read.observe(1 << 20, 1, 1.0)
+    assert CostModel.from_dict(json.loads(json.dumps(model.to_dict()))) == model
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"format": 9},
+        {"prefill": None},
+        {"prefill": {"overhead_s": 1}},
+        {"disk_read": {"bytes_per_s": 0, "per_copy_s": 0, "scale": 1}},
+        {"disk_read": {"bytes_per_s": float("nan"), "per_copy_s": 0, "scale": 1}},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_calibration_is_refused_with_the_way_out(damage: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="calibrate again"):
+        CostModel.from_dict(llama2_7b_on_a100().to_dict() | damage)

@@ -1,0 +1,198 @@
+"""Victims come in the order that each strategy promises; pinned blocks and parents stay."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jserve.cache.eviction import STRATEGIES, EvictionOrder
+from jserve.errors import ConfigError
+
+
+def key(i: int) -> bytes:
+    return i.to_bytes(16, "big")
+
+
+def order_of(strategy: str, *blocks: int) -> EvictionOrder:
+    order = EvictionOrder(strategy)
+    for block in blocks:
+        order.insert(key(block))
+    return order
+
+
+def victims(order: EvictionOrder) -> list[int]:
+    found = []
+    while (victim := order.pop_victim()) is not None:
+        found.append(int.from_bytes(victim, "big"))
+    return found
+
+
+def test_lru_evicts_what_was_not_used_for_longest() -> None:
+    order = order_of("lru", 1, 2, 3)
+    order.touch(key(1))
+    assert victims(order) == [2, 3, 1]
+
+
+def test_fifo_evicts_the_oldest_however_often_it_was_used() -> None:
+    order = order_of("fifo", 1, 2, 3)
+    order.touch(key(1))
+    order.pin(key(1))
+    order.unpin(key(1))
+    assert victims(order) == [1, 2, 3]
+
+
+def test_lookahead_evicts_what_is_needed_last_and_the_furthest_first() -> None:
+    order = order_of("lookahead", 1, 2, 3, 4)
+    order.set_lookahead([key(2), key(1), key(9)])
+    assert victims(order) == [3, 4, 1, 2]
+
+
+def test_lookahead_knows_blocks_that_come_later_and_forgets_requests_that_have_gone() -> None:
+    order = order_of("lookahead", 1)
+    order.set_lookahead([key(1), key(2)])
+    order.insert(key(2))
+    order.insert(key(3))
+    order.set_lookahead([key(2)])
+    assert victims(order) == [1, 3, 2]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_chain_goes_from_its_tail_to_its_head(strategy: str) -> None:
+    order = EvictionOrder(strategy)
+    for block in (1, 2, 3):
+        order.insert(key(block), parent=key(block - 1))
+    order.touch(key(3))
+    assert victims(order) == [3, 2, 1]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_chain_found_after_a_restart_goes_from_its_tail_too(strategy: str) -> None:
+    order = order_of(strategy, 1, 2, 3)
+    order.touch_chain([key(1), key(2), key(3)])
+    assert victims(order) == [3, 2, 1]
+
+
+def test_a_head_shared_by_two_chains_outlives_both() -> None:
+    order = order_of("fifo", 1)
+    order.insert(key(2), parent=key(1))
+    order.insert(key(3), parent=key(1))
+    assert victims(order) == [2, 3, 1]
+
+
+def test_a_head_that_comes_back_after_its_tail_outlives_it() -> None:
+    order = order_of("fifo", 1)
+    order.insert(key(2), parent=key(1))
+    order.remove(key(1))
+    order.insert(key(1))
+    order.pin(key(2))
+    assert victims(order) == []
+    order.unpin(key(2))
+    assert victims(order) == [2, 1]
+
+
+def test_a_block_is_kept_until_each_pin_is_gone() -> None:
+    order = order_of("lru", 1)
+    order.pin(key(1))
+    order.pin(key(1))
+    order.unpin(key(1))
+    assert order.is_pinned(key(1))
+    assert order.pop_victim() is None
+    order.unpin(key(1))
+    assert order.pop_victim() == key(1)
+    assert len(order) == 0
+
+
+def test_wrong_use_is_refused() -> None:
+    order = order_of("lru", 1)
+    with pytest.raises(ValueError, match="in this tier already"):
+        order.insert(key(1))
+    with pytest.raises(ValueError, match="nobody has pinned"):
+        order.unpin(key(1))
+    with pytest.raises(ConfigError, match=r"'arc'.*lru, fifo, lookahead"):
+        EvictionOrder("arc")
+
+
+class NaiveOrder:
+    """The same contract by looking at every block every time."""
+
+    def __init__(self, strategy: str) -> None:
+        self.strategy = strategy
+        self.blocks: dict[int, dict[str, int]] = {}
+        self.parents: dict[int, int] = {}
+        self.ahead: list[int] = []
+        self.now = 0
+
+    def tick(self) -> int:
+        self.now += 1
+        return self.now
+
+    def victim(self) -> int | None:
+        def rank(block: int) -> tuple[int, int]:
+            if self.strategy == "fifo":
+                return (0, self.blocks[block]["inserted"])
+            if self.strategy == "lookahead" and block in self.ahead:
+                return (1, -self.ahead.index(block))
+            return (0, self.blocks[block]["used"])
+
+        parents = {self.parents[block] for block in self.blocks if block in self.parents}
+        free = [block for block in self.blocks if not self.blocks[block]["pins"] and block not in parents]
+        return min(free, key=rank, default=None)
+
+
+BLOCKS = st.integers(1, 12)
+MOVES = st.one_of(
+    st.tuples(st.sampled_from(["insert", "touch", "pin", "unpin", "remove"]), BLOCKS),
+    st.tuples(st.just("victim"), st.none()),
+    st.tuples(st.just("ahead"), st.lists(BLOCKS, max_size=6, unique=True)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(STRATEGIES)), st.lists(MOVES, max_size=80), st.booleans())
+def test_any_sequence_of_moves_gives_the_victims_of_the_naive_order(
+    strategy: str, moves: list[tuple[str, object]], chained: bool
+) -> None:
+    order, naive = EvictionOrder(strategy), NaiveOrder(strategy)
+    for move, what in moves:
+        if move == "victim":
+            expected = naive.victim()
+            assert order.pop_victim() == (None if expected is None else key(expected))
+            naive.blocks.pop(expected, None)  # type: ignore[arg-type]
+        elif move == "ahead":
+            naive.ahead = list(what)  # type: ignore[call-overload]
+            order.set_lookahead(key(block) for block in naive.ahead)
+        else:
+            apply(order, naive, move, what, chained)  # type: ignore[arg-type]
+        assert len(order) == len(naive.blocks)
+
+
+def apply(order: EvictionOrder, naive: NaiveOrder, move: str, block: int, chained: bool) -> None:
+    present = naive.blocks.get(block)
+    if move == "insert" and present is None:
+        now = naive.tick()
+        naive.blocks[block] = {"inserted": now, "used": now, "pins": 0}
+        if chained and block > 1:
+            naive.parents[block] = block // 2
+        order.insert(key(block), key(block // 2) if chained and block > 1 else None)
+    elif present is None:
+        return
+    elif move == "touch":
+        present["used"] = naive.tick()
+        order.touch(key(block))
+    elif move == "pin":
+        present["pins"] += 1
+        order.pin(key(block))
+    elif move == "unpin" and present["pins"]:
+        present["pins"] -= 1
+        order.unpin(key(block))
+    elif move == "remove":
+        del naive.blocks[block]
+        order.remove(key(block))
+
+
+def test_the_heap_stays_as_small_as_the_tier() -> None:
+    order = order_of("lru", *range(10))
+    for i in range(10_000):
+        order.touch(key(i % 10))
+    assert len(order._heap) <= 2 * len(order) + 65

@@ -8,10 +8,24 @@ step writes all its KV in a layer before it reads any.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from jserve.cache.block_keys import extend_keys
 from jserve.cache.block_pool import BlockPool
 from jserve.cache.prefix_index import PrefixIndex
+
+if TYPE_CHECKING:
+    from jserve.cache.hierarchy import Restore
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence has got its blocks."""
+
+    num_cached: int
+    """Leading tokens that need not be computed: whole blocks, and never all tokens of the sequence."""
+    loading: bool = False
+    """Whether their KV is still on its way to the device: `restored` tells when it is there."""
 
 
 @dataclass(slots=True)
@@ -24,6 +38,10 @@ class BlockTable:
     keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
     """Leading blocks that are in the index, or need not be, because another block there holds the same KV."""
+    restore: Restore | None = None
+    """What the tiers below the device are doing for the sequence (`hierarchy.TieredCache`)."""
+    counted: bool = False
+    """Whether its hits by tier have been counted."""
 
 
 class KVCache:
@@ -39,26 +57,46 @@ class KVCache:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def admit(self, table: BlockTable, token_ids: list[int], spare: int = 0) -> int | None:
+    def admit(self, table: BlockTable, token_ids: list[int], spare: int = 0) -> Admission | None:
         """Give an empty table the blocks for all of `token_ids`, found ones first.
 
-        Returns how many leading tokens have their KV already: whole blocks, and never all of `token_ids`, because the
-        last token must be computed to have a next one. Returns None, and changes nothing, if the blocks do not fit
-        and leave `spare` free ones.
+        The last token is never cached, because it must be computed to have a next one. Returns None, and changes
+        nothing, if the blocks do not fit and leave `spare` free ones.
         """
-        extend_keys(table.keys, table.root, token_ids, self.block_size)
-        most = (len(token_ids) - 1) // self.block_size
-        found = self.index.match(table.keys[:most]) if self._reuse else []
-        needed = self.blocks_for(len(token_ids)) - len(found)
-        revived = sum(self.pool.is_reclaimable(block) for block in found)
-        if needed + revived + spare > self.pool.num_free:
+        found = self._find(table, token_ids)
+        held = [block for block in found if block is not None]
+        if not self._take(table, held, self.blocks_for(len(token_ids)) - len(held), spare):
             return None
-        self.pool.hold(found)
-        fresh = self.pool.allocate(needed)
-        assert fresh is not None, "counted above"
-        table.blocks = found + fresh
         table.num_published = len(found)
-        return len(found) * self.block_size
+        return Admission(len(found) * self.block_size)
+
+    def fits(self, table: BlockTable, token_ids: list[int], spare: int = 0) -> bool:
+        """Whether `admit` would succeed."""
+        held = [block for block in self._find(table, token_ids) if block is not None]
+        return self._room(held, self.blocks_for(len(token_ids)) - len(held), spare)
+
+    def _find(self, table: BlockTable, token_ids: list[int]) -> list[int | None]:
+        """The leading blocks whose KV is kept: on the device under this number, or (None) in a tier below it."""
+        extend_keys(table.keys, table.root, token_ids, self.block_size)
+        return [*self.index.match(table.keys[: self._most_blocks(len(token_ids))])] if self._reuse else []
+
+    def _most_blocks(self, num_tokens: int) -> int:
+        """Blocks of a prompt that may be found rather than computed."""
+        return (num_tokens - 1) // self.block_size
+
+    def _take(self, table: BlockTable, found: list[int], fresh: int, spare: int) -> bool:
+        """Give the table the blocks `found`, and behind them so many fresh ones; False, and no change, if too many."""
+        if not self._room(found, fresh, spare):
+            return False
+        self.pool.hold(found)
+        allocated = self.pool.allocate(fresh)
+        assert allocated is not None, "counted above"
+        table.blocks = found + allocated
+        return True
+
+    def _room(self, found: list[int], fresh: int, spare: int) -> bool:
+        revived = sum(self.pool.is_reclaimable(block) for block in found)
+        return fresh + revived + spare <= self.pool.num_free
 
     def extend(self, table: BlockTable, num_tokens: int) -> bool:
         """Let the table reach `num_tokens` tokens; False, and no change, if the pool has no block for that."""
@@ -81,11 +119,42 @@ class KVCache:
         if full > len(table.keys):
             extend_keys(table.keys, table.root, token_ids, self.block_size)
         for i in range(table.num_published, full):
-            self.index.publish(table.keys[i], table.blocks[i])
+            if self.index.publish(table.keys[i], table.blocks[i]):
+                self._on_published(table, i)
         table.num_published = full
+
+    def _on_published(self, table: BlockTable, i: int) -> None:
+        """Block `i` of the table has just become findable."""
 
     def release(self, table: BlockTable) -> None:
         """Give every block back. Tails go first, so that the heads of conversations stay longest."""
         self.pool.release(reversed(table.blocks))
         table.blocks = []
         table.num_published = 0
+
+    # --- what a cache with tiers below the device does more (`hierarchy.TieredCache`) --------------------------------
+
+    def arrive(self, table: BlockTable, token_ids: list[int], *, waiting: int) -> None:
+        """A sequence has joined the queue behind `waiting` others."""
+
+    def is_ready(self, table: BlockTable) -> bool:
+        """Whether a waiting sequence should be admitted now, if it fits."""
+        return True
+
+    def restored(self, table: BlockTable) -> int | None:
+        """Of a sequence that was admitted as loading: its leading tokens with KV, once that is known."""
+        raise AssertionError("a cache without tiers loads nothing")
+
+    def poll(self, now_s: float) -> None:
+        """Take note of the copies that have ended."""
+
+    def write_through(self) -> None:
+        """What the launched steps fill may be copied away."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether copies are under way."""
+        return False
+
+    def close(self) -> None:
+        """Nothing is copied any more."""

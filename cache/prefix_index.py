@@ -25,6 +25,10 @@ class PrefixIndex:
             blocks.append(block)
         return blocks
 
+    def block_of(self, key: bytes) -> int | None:
+        """The block that holds this key."""
+        return self._block_of.get(key)
+
     def publish(self, key: bytes, block: int) -> bool:
         """Make `block` findable; False, and no change, if another block already holds this KV."""
         if key in self._block_of:

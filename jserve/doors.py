@@ -1,4 +1,6 @@
-"""The three doors between the pure core and the world: Executor (compute), Transfer (copies) and Clock (time).
+"""The doors between the pure core and the world: Executor (compute), Transfer (copies) and Clock (time).
+
+Transfer is in `jserve.cache.transfer`, beside the hierarchy that uses it.
 
 Behind each stands the real thing in production and a simulated one (`jserve.simulated`) in tests and simulations;
 scheduler and cache cannot tell which.
@@ -68,35 +70,14 @@ class Executor(Protocol):
         """Give the device back. Called once, with no step under way."""
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """The end of one copy. `ticket` is the caller's own name for it."""
-
-    ticket: int
-    error: str | None = None
-
-
-class Transfer(Protocol):
-    """Copies KV blocks between the device pool and host memory. Copies end in any order; `poll` tells which did.
-
-    Stale completions are the caller's to drop: a ticket is never reused.
-    """
-
-    def store(self, ticket: int, blocks: list[int], host_slots: list[int]) -> None:
-        """Start copying device blocks to host slots. The device blocks may be overwritten by later steps at once."""
-
-    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> None:
-        """Start copying host slots to device blocks. Steps may read them after the completion has been polled."""
-
-    def poll(self) -> list[Completion]:
-        """The copies that have ended since the last call. Never waits."""
-
-
 class Clock(Protocol):
     """The engine's only source of time."""
 
     def now(self) -> float:
         """Seconds since an arbitrary start; never goes back."""
+
+    def wait(self, seconds: float) -> None:
+        """Let so much time pass: there is nothing to do but to wait for copies."""
 
 
 class SystemClock:
@@ -104,3 +85,6 @@ class SystemClock:
 
     def now(self) -> float:
         return time.monotonic()
+
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)

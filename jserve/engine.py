@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jserve.progress import Progress
 
 STEP_RECORDS = 1024
+COPY_WAIT_S = 0.0005
+CLOSE_LIMIT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,13 @@ class Engine:
         info: EngineInfo,
         executor: Executor,
         clock: Clock | None = None,
+        cache: KVCache | None = None,
     ) -> None:
         self.config = config
         self.info = info
         self.executor = executor
         self.clock = clock or SystemClock()
-        self.cache = KVCache(info.device_blocks, info.block_size, reuse=config.cache.prefix_cache)
+        self.cache = cache or KVCache(info.device_blocks, info.block_size, reuse=config.cache.prefix_cache)
         self.scheduler = Scheduler(self.cache, max_running=config.sched.max_running, token_budget=info.token_budget)
         self._sequences: dict[str, Sequence] = {}
         self._roots: dict[str, bytes] = {}
@@ -175,18 +178,22 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a call of `step` would do anything."""
-        return self.scheduler.has_work or self._launched is not None or bool(self._aborted)
+        return self.scheduler.has_work or self._launched is not None or bool(self._aborted) or self.cache.busy
 
     def step(self) -> list[EngineOutput]:
         """One iteration: launch the next batch, then read the one before. Returns what is new, maybe nothing."""
         outputs, self._aborted = self._aborted, []
         previous = self._launched
+        self.cache.poll(self.clock.now())
         self._launched = self._launch()
+        self.cache.write_through()
         if previous is not None:
             outputs += self._commit(*previous)
         if self._launched is not None and not self.config.runner.overlap:
             outputs += self._commit(*self._launched)
             self._launched = None
+        if previous is None and self._launched is None and not outputs:
+            self.clock.wait(COPY_WAIT_S)  # only copies are under way
         return outputs
 
     def _launch(self) -> tuple[StepPlan, LaunchedStep, float] | None:
@@ -262,8 +269,10 @@ class Engine:
         """End every request and give the device back."""
         for request_id in list(self._sequences):
             self.abort(request_id)
-        while self.has_work:
+        end_s = self.clock.now() + CLOSE_LIMIT_S  # for what is still to be written to disk
+        while self.has_work and self.clock.now() < end_s:
             self.step()
+        self.cache.close()
         self.executor.close()
 
 

@@ -1,7 +1,7 @@
 """The simulated world behind the three doors: the production scheduler and cache run in it without a device.
 
 `SimulatedExecutor` keeps a paged KV memory of its own, in which each position holds a hash of the whole prefix that
-was written up to it. The token that it samples is a function of what it *reads* through the block table, so that a
+was written up to it. The token that it samples is a function of all that it *reads* through the block table, so that a
 wrong, stale or shared-too-early block gives a wrong token, just as on a device, and is seen by comparing outputs.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jserve.doors import Completion, StepResult
+from jserve.cache.transfer import Completion
+from jserve.doors import StepResult
 from jserve.sched.plan import StepPlan
 
 _MASK = (1 << 64) - 1
@@ -28,25 +29,30 @@ class SimulatedClock:
     def advance_to(self, time_s: float) -> None:
         self._now_s = max(self._now_s, time_s)
 
+    def wait(self, seconds: float) -> None:
+        self._now_s += seconds
+
 
 def hash_prefix(previous: int, token: int) -> int:
     """The simulated KV of a position: depends on the KV before it and on the token there."""
     return ((previous ^ (token + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & _MASK
 
 
-def next_token(kv: int, vocab_size: int) -> int:
-    """What the simulated model samples after a prefix."""
-    return (kv >> 17) % vocab_size
+def next_token(attended: int, vocab_size: int) -> int:
+    """What the simulated model samples: a function of the sum of the KV of every position before."""
+    return ((attended & _MASK) >> 17) % vocab_size
 
 
 def expected_tokens(prompt: list[int], count: int, vocab_size: int) -> list[int]:
     """What any correct engine over this model says after `prompt`."""
-    kv, out = 0, []
+    kv, attended, out = 0, 0, []
     for token in prompt:
         kv = hash_prefix(kv, token)
+        attended += kv
     for _ in range(count):
-        out.append(next_token(kv, vocab_size))
+        out.append(next_token(attended, vocab_size))
         kv = hash_prefix(kv, out[-1])
+        attended += kv
     return out
 
 
@@ -97,8 +103,8 @@ class SimulatedExecutor:
                 self._write(sequence.table.blocks, position, hash_prefix(before, token))
         for row in plan.rows:
             if row.samples:
-                kv = self._read(row.sequence.table.blocks, row.start + row.count - 1)
-                tokens.append(next_token(kv, self.vocab_size))
+                attended = self._attend(row.sequence.table.blocks, row.start + row.count)
+                tokens.append(next_token(attended, self.vocab_size))
                 self._last_token[row.sequence.slot] = tokens[-1]
         self._busy_until_s = max(self._busy_until_s, self.clock.now()) + self._step_s(plan)
         return SimulatedStep(self.clock, self._busy_until_s, tokens)
@@ -106,36 +112,102 @@ class SimulatedExecutor:
     def _read(self, blocks: list[int], position: int) -> int:
         return self.kv[blocks[position // self.block_size]][position % self.block_size]
 
+    def _attend(self, blocks: list[int], num_tokens: int) -> int:
+        whole, rest = divmod(num_tokens, self.block_size)
+        return sum(sum(self.kv[block]) for block in blocks[:whole]) + sum(self.kv[blocks[whole]][:rest] if rest else ())
+
     def _write(self, blocks: list[int], position: int, value: int) -> None:
         self.kv[blocks[position // self.block_size]][position % self.block_size] = value
 
 
+@dataclass(slots=True)
+class _Copy:
+    end_s: float
+    ticket: int
+    apply: Callable[[], str | None]
+    """Makes it so, when it ends; tells what went wrong."""
+
+
 class SimulatedTransfer:
-    """Copies between a `SimulatedExecutor`'s KV memory and a host memory of the same kind, `copy_s` later."""
+    """Copies between a `SimulatedExecutor`'s KV memory, a host memory and a disk of the same kind.
+
+    `copy_s(kind, blocks)` says how long a copy takes, kind being store, load, read or write; `fails(kind)` whether this
+    one comes to nothing, as a fault of the disk where one takes part. `disk` may be handed on to a later process.
+    """
 
     def __init__(
-        self, clock: SimulatedClock, executor: SimulatedExecutor, host_slots: int, copy_s: Callable[[int], float]
+        self,
+        clock: SimulatedClock,
+        executor: SimulatedExecutor,
+        host_slots: int,
+        copy_s: Callable[[str, int], float],
+        *,
+        disk: dict[bytes, list[int]] | None = None,
+        fails: Callable[[str], bool] = lambda kind: False,
     ) -> None:
         self.clock = clock
         self.host = [[0] * executor.block_size for _ in range(host_slots)]
-        self._executor = executor
-        self._copy_s = copy_s
-        self._pending: list[tuple[float, int, list[tuple[int, list[int]]]]] = []
+        self.disk: dict[bytes, list[int]] = {} if disk is None else disk
+        self._executor, self._copy_s, self._fails = executor, copy_s, fails
+        self._pending: list[_Copy] = []
 
     def store(self, ticket: int, blocks: list[int], host_slots: list[int]) -> None:
-        for block, slot in zip(blocks, host_slots, strict=True):
-            self.host[slot] = list(self._executor.kv[block])
-        self._pending.append((self.clock.now() + self._copy_s(len(blocks)), ticket, []))
+        taken = [list(self._executor.kv[block]) for block in blocks]  # steps may overwrite the blocks from now on
+
+        def apply() -> str | None:
+            for slot, contents in zip(host_slots, taken, strict=True):
+                self.host[slot] = contents
+            return None
+
+        self._start("store", ticket, len(blocks), apply)
 
     def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> None:
-        copies = [(block, list(self.host[slot])) for slot, block in zip(host_slots, blocks, strict=True)]
-        self._pending.append((self.clock.now() + self._copy_s(len(blocks)), ticket, copies))
+        def apply() -> str | None:
+            for slot, block in zip(host_slots, blocks, strict=True):
+                self._executor.kv[block] = list(self.host[slot])
+            return None
+
+        self._start("load", ticket, len(blocks), apply)
+
+    def write(self, ticket: int, host_slot: int, key: bytes) -> None:
+        def apply() -> str | None:
+            self.disk[key] = list(self.host[host_slot])
+            return None
+
+        self._start("write", ticket, 1, apply)
+
+    def read(self, ticket: int, key: bytes, host_slot: int) -> None:
+        def apply() -> str | None:
+            if key not in self.disk:
+                return "missing"
+            self.host[host_slot] = list(self.disk[key])
+            return None
+
+        self._start("read", ticket, 1, apply)
+
+    def delete(self, key: bytes) -> None:
+        self.disk.pop(key, None)
+
+    def cancel(self, ticket: int) -> None:
+        self._pending = [copy for copy in self._pending if copy.ticket != ticket]
 
     def poll(self) -> list[Completion]:
         now = self.clock.now()
-        ended = [copy for copy in self._pending if copy[0] <= now]
-        self._pending = [copy for copy in self._pending if copy[0] > now]
-        for _, _, copies in ended:
-            for block, contents in copies:
-                self._executor.kv[block] = contents
-        return [Completion(ticket) for _, ticket, _ in ended]
+        ended = [copy for copy in self._pending if copy.end_s <= now]
+        self._pending = [copy for copy in self._pending if copy.end_s > now]
+        completions = []
+        for copy in ended:
+            error = copy.apply()
+            completions.append(Completion(copy.ticket, error, device_fault=error == _FAULT))
+        return completions
+
+    def close(self) -> None:
+        self._pending = []
+
+    def _start(self, kind: str, ticket: int, blocks: int, apply: Callable[[], str | None]) -> None:
+        if self._fails(kind):
+            apply = lambda: _FAULT  # noqa: E731
+        self._pending.append(_Copy(self.clock.now() + self._copy_s(kind, blocks), ticket, apply))
+
+
+_FAULT = "the simulated copy has failed"

@@ -5,12 +5,16 @@ requests in order of arrival as long as their blocks fit. `commit()` takes the t
 the two, further steps may already be scheduled: a sequence whose next token is still in flight is planned as if it
 goes on, and what turns out to be past its end is dropped.
 
-Two facts keep first come, first served simple: a request that waits holds no block, and `running` is always in order
-of arrival, so that its last member is the youngest and the one to preempt.
+A request whose KV is on its way from a lower tier does not hold up the others: while its blocks are being read from
+disk it is passed over, and once admitted it is *loading*, outside of any batch, until its blocks are on the device
+(batch-aware restoration, FlashGen §3.2.3). When it could run but those that passed it have taken its room, they give
+it back. So the order of arrival is kept: `waiting`, `loading` and `running` are each in that order, what waits holds
+no block, and the youngest of what holds some is the one to preempt.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -46,6 +50,10 @@ class SchedStats:
     """Tokens computed past the end of a request, because its end was not known yet."""
 
 
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
 class Scheduler:
     """Queues and step plans over one KV cache. Not thread-safe: the engine's thread owns it."""
 
@@ -55,16 +63,21 @@ class Scheduler:
         self.cache = cache
         self.token_budget = token_budget
         self.waiting: deque[Sequence] = deque()
+        self.loading: list[Sequence] = []
         self.running: list[Sequence] = []
         self.stats = SchedStats()
         self._free_slots = list(range(max_running - 1, -1, -1))
+        self._arrivals = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.loading or self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        self.cache.arrive(sequence.table, sequence.tokens, waiting=len(self.waiting))
         self.waiting.append(sequence)
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -72,14 +85,26 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can run before a launched step has been committed."""
         plan = StepPlan()
+        self._give_way()
         all_kept = self._plan_decodes(plan)
         self._plan_running_prefills(plan)
+        self._start_loaded(plan)
         if all_kept:
             self._admit(plan)
         if not plan.rows:
             return None
         self.stats.steps += 1
         return plan
+
+    def _give_way(self) -> None:
+        """Whoever was passed while its KV was being read takes its turn once that is there: younger ones go back."""
+        sequence = next((s for s in self.waiting if self.cache.is_ready(s.table)), None)
+        while sequence is not None and (self.running or self.loading):
+            victim = self._youngest()
+            fits = self._free_slots and self.cache.fits(sequence.table, sequence.tokens, spare=len(self.running))
+            if fits or victim.arrival < sequence.arrival:
+                return
+            self._preempt(victim)
 
     def _plan_decodes(self, plan: StepPlan) -> bool:
         """One token for each running sequence that has only its newest one to compute; False if one was preempted."""
@@ -101,19 +126,23 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Extend the sequence's blocks, preempting the youngest while that is needed; False if that was itself."""
         while not self.cache.extend(sequence.table, num_tokens):
-            victim = self.running[-1]
+            victim = self._youngest()
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
+    def _youngest(self) -> Sequence:
+        """Of all that hold blocks."""
+        return max((group[-1] for group in (self.running, self.loading) if group), key=lambda s: s.arrival)
+
     def _preempt(self, victim: Sequence) -> None:
-        """Take everything back from a running sequence; it will be recomputed, cached blocks excepted."""
-        self.running.remove(victim)
+        """Take everything back from a sequence; what no tier has kept of it will be computed again."""
         self._leave_device(victim)
         victim.phase = Phase.WAITING
         self.stats.preemptions += 1
-        self.waiting.appendleft(victim)
+        place = next((i for i, other in enumerate(self.waiting) if other.arrival > victim.arrival), len(self.waiting))
+        self.waiting.insert(place, victim)
 
     def _plan_running_prefills(self, plan: StepPlan) -> None:
         for sequence in self.running:
@@ -135,23 +164,48 @@ class Scheduler:
         self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
 
     def _admit(self, plan: StepPlan) -> None:
-        """Waiting requests in order of arrival, until one does not fit."""
+        """Waiting requests in order of arrival, until one does not fit; those whose KV is still coming are passed."""
+        passed: list[Sequence] = []
         while self.waiting and self._free_slots and plan.num_tokens < self.token_budget:
-            sequence = self.waiting[0]
-            # One spare block for each running request, so that its next tokens do not preempt this one at once.
-            cached = self.cache.admit(sequence.table, sequence.tokens, spare=len(self.running))
-            if cached is None:
-                return
-            self.waiting.popleft()
-            sequence.phase = Phase.RUNNING
-            sequence.num_computed = cached
-            sequence.slot = self._free_slots.pop()
-            if sequence.num_cached < 0:
-                sequence.num_cached = cached
-                self.stats.prompt_tokens += sequence.num_prompt
-                self.stats.cached_tokens += cached
-            self.running.append(sequence)
-            plan.admitted.append(sequence)
+            sequence = self.waiting.popleft()
+            if not self.cache.is_ready(sequence.table):
+                passed.append(sequence)
+            elif not self._admit_one(plan, sequence):
+                passed.append(sequence)
+                break
+        self.waiting.extendleft(reversed(passed))
+
+    def _admit_one(self, plan: StepPlan, sequence: Sequence) -> bool:
+        # One spare block for each running request, so that its next tokens do not preempt this one at once.
+        admission = self.cache.admit(sequence.table, sequence.tokens, spare=len(self.running))
+        if admission is None:
+            return False
+        sequence.slot = self._free_slots.pop()
+        if admission.loading:
+            sequence.phase = Phase.LOADING
+            insort(self.loading, sequence, key=_arrival)
+        else:
+            self._start(plan, sequence, admission.num_cached)
+        return True
+
+    def _start_loaded(self, plan: StepPlan) -> None:
+        for sequence in list(self.loading):
+            cached = self.cache.restored(sequence.table)
+            if cached is not None:
+                self.loading.remove(sequence)
+                self._start(plan, sequence, cached)
+
+    def _start(self, plan: StepPlan, sequence: Sequence, cached: int) -> None:
+        """From now on it is part of the batch; its leading `cached` tokens have their KV."""
+        sequence.phase = Phase.RUNNING
+        sequence.num_computed = cached
+        if sequence.num_cached < 0:
+            sequence.num_cached = cached
+            self.stats.prompt_tokens += sequence.num_prompt
+            self.stats.cached_tokens += cached
+        insort(self.running, sequence, key=_arrival)
+        plan.admitted.append(sequence)
+        if plan.num_tokens < self.token_budget:
             self._plan_chunk(plan, sequence)
 
     # --- results ------------------------------------------------------------------------------------------------
@@ -182,19 +236,20 @@ class Scheduler:
             self._finish(sequence, "abort")
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
-        if sequence.phase is Phase.RUNNING:
+        if sequence.phase is Phase.WAITING:
+            self.waiting.remove(sequence)
+            self.cache.release(sequence.table)
+        else:
             # The KV of the newest token was never computed, or is past the end.
             known = min(sequence.num_computed, len(sequence.tokens))
             self.cache.publish(sequence.table, sequence.tokens, known)
-            self.running.remove(sequence)
             self._leave_device(sequence)
-        else:
-            self.waiting.remove(sequence)
         sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason  # type: ignore[assignment]
 
     def _leave_device(self, sequence: Sequence) -> None:
         """Give back blocks and slot. Safe with steps in flight: the device runs them before any that reuses these."""
+        (self.loading if sequence.phase is Phase.LOADING else self.running).remove(sequence)
         self.cache.release(sequence.table)
         sequence.num_computed = 0
         self._free_slots.append(sequence.slot)

@@ -11,6 +11,8 @@ from jserve.request import FinishReason, SamplingParams
 
 class Phase(Enum):
     WAITING = "waiting"
+    LOADING = "loading"
+    """Holds a slot and its blocks, and waits for their KV to come from the host."""
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -27,6 +29,8 @@ class Sequence:
     max_tokens_total: int
     """Prompt and output together end here."""
     num_prompt: int = 0
+    arrival: int = 0
+    """Its place in the order of arrival."""
     num_computed: int = 0
     """Leading tokens whose KV is in the cache, or will be when the launched steps have run."""
     in_flight: int = 0

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jserve.cache.block_keys import KEY_BYTES, block_key, extend_keys, root_key
 from jserve.cache.block_pool import BlockPool
-from jserve.cache.kv_cache import BlockTable, KVCache
+from jserve.cache.kv_cache import Admission, BlockTable, KVCache
 from jserve.cache.prefix_index import PrefixIndex
 
 ROOT = root_key("model")
@@ -74,13 +74,13 @@ def test_a_block_that_nobody_holds_cannot_be_released() -> None:
 def test_admission_counts_found_blocks_that_would_stop_being_free() -> None:
     cache = KVCache(num_blocks=4, block_size=2)
     first = BlockTable(ROOT)
-    assert cache.admit(first, [1, 2, 3, 4, 5]) == 0
+    assert cache.admit(first, [1, 2, 3, 4, 5]) == Admission(0)
     cache.publish(first, [1, 2, 3, 4, 5], 5)
     cache.release(first)
     # Two blocks are found and reclaimable: they and two fresh ones make four, so a fifth does not fit.
     assert cache.admit(BlockTable(ROOT), [1, 2, 3, 4, 5, 6, 7, 8, 9]) is None
     assert cache.pool.num_free == 4
-    assert cache.admit(BlockTable(ROOT), [1, 2, 3, 4, 5, 6, 7, 8]) == 4
+    assert cache.admit(BlockTable(ROOT), [1, 2, 3, 4, 5, 6, 7, 8]) == Admission(4)
 
 
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:
@@ -88,7 +88,7 @@ def test_the_last_token_of_a_prompt_is_always_computed() -> None:
     first = BlockTable(ROOT)
     cache.admit(first, [1, 2, 3, 4])
     cache.publish(first, [1, 2, 3, 4], 4)
-    assert cache.admit(BlockTable(ROOT), [1, 2, 3, 4]) == 2
+    assert cache.admit(BlockTable(ROOT), [1, 2, 3, 4]) == Admission(2)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -110,12 +110,14 @@ class CacheMachine(RuleBasedStateMachine):
     def admit(self, tokens: list[int], spare: int) -> None:
         table = BlockTable(ROOT)
         free = self.cache.pool.num_free
-        cached = self.cache.admit(table, tokens, spare)
-        if cached is None:
+        fits = self.cache.fits(table, tokens, spare)
+        admission = self.cache.admit(table, tokens, spare)
+        assert fits == (admission is not None)
+        if admission is None:
             assert self.cache.pool.num_free == free
             assert table.blocks == []
             return
-        size = self.cache.block_size
+        size, cached = self.cache.block_size, admission.num_cached
         assert cached % size == 0
         assert cached < len(tokens)
         for i in range(cached // size):

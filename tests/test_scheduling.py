@@ -276,7 +276,7 @@ def test_the_same_workload_gives_the_same_steps() -> None:
 def test_a_simulated_copy_ends_in_its_time_and_carries_the_kv_of_its_start() -> None:
     clock = SimulatedClock()
     executor = SimulatedExecutor(clock, num_blocks=4, block_size=2, vocab_size=VOCAB)
-    transfer = SimulatedTransfer(clock, executor, host_slots=2, copy_s=lambda blocks: 0.5 * blocks)
+    transfer = SimulatedTransfer(clock, executor, host_slots=2, copy_s=lambda kind, blocks: 0.5 * blocks)
     executor.kv[1] = [7, 8]
     transfer.store(1, [1], [0])
     executor.kv[1] = [0, 0]  # overwritten at once: the copy was gathered before
@@ -284,8 +284,11 @@ def test_a_simulated_copy_ends_in_its_time_and_carries_the_kv_of_its_start() -> 
     clock.advance_to(0.5)
     assert [done.ticket for done in transfer.poll()] == [1]
     transfer.load(2, [0], [3])
+    transfer.load(3, [0], [2])
+    transfer.cancel(3)
     assert executor.kv[3] == [0, 0]
     clock.advance_to(1.0)
     assert [done.ticket for done in transfer.poll()] == [2]
     assert executor.kv[3] == [7, 8]
+    assert executor.kv[2] == [0, 0]
     assert transfer.poll() == []

@@ -1,0 +1,70 @@
+"""The disk tier: which keys are on disk, what may go, and whether the disk can be trusted at the moment.
+
+Bookkeeping alone; the files are behind the Transfer door. After a fault of the disk itself the tier is *down* for a
+while: nothing is read or written, and requests compute instead. The pause doubles with each further fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jserve.cache.eviction import EvictionOrder
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+
+
+class DiskTier:
+    """Up to `num_blocks` blocks on disk."""
+
+    def __init__(self, num_blocks: int, eviction: str = "lru", present: Iterable[bytes] = ()) -> None:
+        """`present`: what an earlier process has left, least recently used first."""
+        self.num_blocks = num_blocks
+        self.evictions = 0
+        self.faults = 0
+        self._order = EvictionOrder(eviction)
+        self._down_until_s = 0.0
+        self._pause_s = FIRST_PAUSE_S
+        for key in present:
+            self._order.insert(key)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._order
+
+    def is_up(self, now_s: float) -> bool:
+        return now_s >= self._down_until_s
+
+    def fault(self, now_s: float) -> None:
+        """The disk itself has failed."""
+        self.faults += 1
+        self._down_until_s = now_s + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+
+    def works(self) -> None:
+        """An operation has succeeded."""
+        self._pause_s = FIRST_PAUSE_S
+
+    def make_room(self) -> list[bytes] | None:
+        """Forget blocks until one more fits: those to delete, or None if all that are left are being read."""
+        victims = []
+        while len(self._order) >= self.num_blocks:
+            victim = self._order.pop_victim()
+            if victim is None:
+                return None
+            self.evictions += 1
+            victims.append(victim)
+        return victims
+
+    def add(self, key: bytes, parent: bytes | None) -> None:
+        """A block has been written."""
+        if key not in self._order:
+            self._order.insert(key, parent)
+
+    def drop(self, key: bytes) -> None:
+        if key in self._order:
+            self._order.remove(key)
+
+    def use(self, chain: list[bytes]) -> None:
+        self._order.touch_chain([key for key in chain if key in self._order])

@@ -1,0 +1,53 @@
+"""The Transfer door: copies of KV blocks between the device pool, host memory and disk, started and polled.
+
+The hierarchy decides what to copy; behind this protocol stand real copies (`jserve.transfer`) or simulated ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The end of one operation. `ticket` is the caller's own name for it."""
+
+    ticket: int
+    error: str | None = None
+    """What went wrong; the destination then holds nothing."""
+    device_fault: bool = False
+    """With an error: whether the disk as such failed, and not only this block was missing or damaged."""
+    seconds: float = 0.0
+    num_bytes: int = 0
+
+
+class Transfer(Protocol):
+    """Every operation has a ticket of its own, ends in any order, and is told of by `poll`, once if all is well.
+
+    The caller keeps a source alone until the operation has ended, and a destination until then or `cancel`.
+    """
+
+    def store(self, ticket: int, blocks: list[int], host_slots: list[int]) -> None:
+        """Device to host. The device blocks may be overwritten by later steps at once."""
+
+    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> None:
+        """Host to device. Steps that are launched after the completion was polled may read the blocks."""
+
+    def write(self, ticket: int, host_slot: int, key: bytes) -> None:
+        """Host to disk."""
+
+    def read(self, ticket: int, key: bytes, host_slot: int) -> None:
+        """Disk to host."""
+
+    def delete(self, key: bytes) -> None:
+        """From disk. Nothing tells of its end."""
+
+    def cancel(self, ticket: int) -> None:
+        """The operation changes no destination any more. Unknown tickets are ignored."""
+
+    def poll(self) -> list[Completion]:
+        """The operations that have ended since the last call. Never waits."""
+
+    def close(self) -> None:
+        """End what is under way, within a few seconds."""

@@ -1,0 +1,328 @@
+"""The hierarchy under the production scheduler, in a simulated world where copies are slow, fail or never end.
+
+The simulated executor's tokens are a function of the KV that it reads, so a block that is wrong, stale or not there yet
+shows as a wrong token.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost, restore_strategy
+from jserve.cache.disk_tier import DiskTier
+from jserve.cache.hierarchy import TieredCache
+from jserve.cache.host_tier import HostTier
+from jserve.config import EngineConfig, SchedConfig
+from jserve.doors import EngineInfo
+from jserve.engine import Engine
+from jserve.request import EngineRequest, SamplingParams
+from jserve.simulated import SimulatedClock, SimulatedExecutor, SimulatedTransfer, expected_tokens
+
+VOCAB, BLOCK = 97, 4
+CopyTime = Callable[[str, int], float]
+
+
+def instant(kind: str, blocks: int) -> float:
+    return 0.0
+
+
+def make_cost() -> CostModel:
+    link = LinkCost(bytes_per_s=1e9)
+    return CostModel(PrefillCost(0.0, 1e-3, 0.0), DecodeCost(0.01), link, link, link, link, BLOCK, 1000)
+
+
+class World:
+    """An engine over three simulated tiers; `disk` may come from an earlier world."""
+
+    def __init__(
+        self,
+        *,
+        device: int = 12,
+        host: int = 40,
+        disk_blocks: int | None = 200,
+        copy_s: CopyTime = instant,
+        fails: Callable[[str], bool] = lambda kind: False,
+        strategy: str = "always",
+        eviction: str = "lru",
+        staging: int = 20,
+        disk: dict[bytes, list[int]] | None = None,
+        max_running: int = 4,
+        wait_limit_s: float = 5.0,
+        store_budget: int = 16,
+    ) -> None:
+        self.clock = SimulatedClock()
+        self.notes: list[str] = []
+        executor = SimulatedExecutor(self.clock, device, BLOCK, VOCAB)
+        self.transfer = SimulatedTransfer(self.clock, executor, host, copy_s, disk=disk, fails=fails)
+        self.cache = TieredCache(
+            device,
+            BLOCK,
+            self.transfer,
+            HostTier(host, eviction),
+            None if disk_blocks is None else DiskTier(disk_blocks, eviction, self.transfer.disk),
+            cost=make_cost(),
+            strategy=restore_strategy(strategy),
+            staging_blocks=staging,
+            wait_limit_s=wait_limit_s,
+            store_budget=store_budget,
+            note=self.notes.append,
+        )
+        info = EngineInfo("simulated", "simulated", VOCAB, 1000, BLOCK, device, 16, "none", "simulated", 0, 0)
+        config = EngineConfig(sched=SchedConfig(max_running=max_running, token_budget=16))
+        self.engine = Engine(config, info, executor, self.clock, self.cache)
+        self.said: dict[str, list[int]] = {}
+        self.cached: dict[str, int] = {}
+
+    def add(self, name: str, prompt: list[int], max_tokens: int = 4) -> None:
+        params = SamplingParams(max_tokens=max_tokens)
+        self.engine.add(EngineRequest(request_id=name, token_ids=prompt, sampling=params))
+        self.said[name] = []
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            self.said[output.request_id] += output.token_ids
+            self.cached[output.request_id] = output.cached_tokens
+
+    def run(self, most: int = 20_000) -> None:
+        for _ in range(most):
+            if not self.engine.has_work:
+                return
+            self.step()
+        raise AssertionError(f"not done after {most} steps")
+
+    def ask(self, name: str, prompt: list[int], max_tokens: int = 4) -> list[int]:
+        self.add(name, prompt, max_tokens)
+        self.run()
+        assert self.said[name] == expected_tokens(prompt, max_tokens, VOCAB)
+        return prompt + self.said[name]
+
+    def check_nothing_is_held(self) -> None:
+        cache = self.cache
+        assert cache.pool.num_free == cache.num_blocks
+        assert not cache._restores
+        assert not cache._waiting_for
+        assert cache._staged == 0
+        assert abs(cache._queued_s) < 1e-9
+        assert not any(cache.host.is_pinned(key) for key in list(cache.host._slot_of))
+
+
+def prompt_of(seed: int, tokens: int) -> list[int]:
+    return [random.Random(seed).randrange(VOCAB) for _ in range(tokens)]
+
+
+def test_a_history_that_left_the_device_comes_back_from_the_host() -> None:
+    world = World(disk_blocks=None)
+    first = world.ask("first", prompt_of(0, 30))
+    world.ask("other", prompt_of(1, 40))  # takes all the device's blocks
+    world.ask("again", first)
+    assert world.cached["again"] == 32
+    assert world.cache.tier_stats.host_hit_tokens + world.cache.tier_stats.device_hit_tokens == 32
+    assert world.cache.tier_stats.host_hit_tokens > 0
+    world.check_nothing_is_held()
+
+
+def test_what_left_the_host_as_well_is_staged_from_disk() -> None:
+    world = World(host=14)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    world.ask("again", first)
+    assert world.cached["again"] == 32
+    assert world.cache.tier_stats.disk_hit_tokens == 32
+    world.check_nothing_is_held()
+
+
+def test_a_restart_finds_on_disk_what_the_process_before_it_wrote() -> None:
+    before = World()
+    conversation = before.ask("before", prompt_of(0, 30))
+    before.engine.close()
+    after = World(disk=before.transfer.disk)
+    after.ask("after", conversation)
+    assert after.cached["after"] == 32
+
+
+def test_the_disk_keeps_to_its_capacity() -> None:
+    world = World(disk_blocks=9)
+    for i in range(6):
+        world.ask(str(i), prompt_of(i, 30))
+    assert len(world.transfer.disk) <= 9
+    assert world.cache.disk is not None
+    assert set(world.transfer.disk) == set(world.cache.disk._order._entries)
+
+
+@pytest.mark.parametrize("strategy", ["flashgen", "never", "cost", "threshold:8", "always"])
+def test_every_restore_strategy_gives_the_same_tokens(strategy: str) -> None:
+    world = World(host=14, strategy=strategy, copy_s=lambda kind, blocks: 0.02 * blocks)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    world.ask("again", first)
+    assert world.cached["again"] == (0 if strategy in ("never", "flashgen", "threshold:8") else 32)
+
+
+def test_flashgen_stages_only_behind_another_request() -> None:
+    world = World(host=14, strategy="flashgen", max_running=1)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    world.add("ahead", prompt_of(9, 20))
+    world.add("ahead too", prompt_of(10, 20))
+    world.add("again", first)
+    world.run()
+    assert world.cached["again"] == 32
+
+
+def test_decodes_go_on_while_another_request_loads() -> None:
+    world = World(disk_blocks=None, device=40, copy_s=lambda kind, blocks: 1.0 if kind == "load" else 0.0)
+    first = world.ask("first", prompt_of(0, 30))
+    world.ask("flood", prompt_of(5, 140))
+    world.add("decoding", prompt_of(1, 8), max_tokens=60)
+    for _ in range(5):
+        world.step()
+    world.add("again", first)
+    world.step()
+    before = len(world.said["decoding"])
+    while not world.said["again"]:
+        world.step()
+    assert len(world.said["decoding"]) - before > 20  # steps of 10 ms, during a load of 1 s
+    world.run()
+    assert world.said["decoding"] == expected_tokens(prompt_of(1, 8), 60, VOCAB)
+    assert world.cached["again"] > 0
+
+
+def test_two_requests_that_together_fill_the_pool_both_end() -> None:
+    world = World(device=16, copy_s=lambda kind, blocks: 0.3)
+    histories = [world.ask(str(i), prompt_of(i, 27), 4) for i in range(2)]
+    world.ask("flood", prompt_of(7, 60))
+    for i, history in enumerate(histories):
+        world.add(f"again {i}", history)
+    world.run()
+    for i, history in enumerate(histories):
+        assert world.said[f"again {i}"] == expected_tokens(history, 4, VOCAB)
+    world.check_nothing_is_held()
+
+
+@pytest.mark.parametrize("kind", ["load", "read"])
+def test_a_copy_that_never_ends_costs_its_deadline_and_no_more(kind: str) -> None:
+    world = World(host=14, copy_s=lambda k, blocks: 1e9 if k == kind else 0.0, wait_limit_s=2.0)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    asked_s = world.clock.now()
+    world.add("again", first)
+    while not world.said["again"]:
+        world.step()
+    assert 2.0 <= world.clock.now() - asked_s < 4.5
+    while world.engine.scheduler.has_work:
+        world.step()
+    assert world.said["again"] == expected_tokens(first, 4, VOCAB)
+    assert world.cache.tier_stats.expired_waits >= 1
+    assert world.cache.pool.num_free == world.cache.num_blocks
+
+
+@pytest.mark.parametrize("kind", ["store", "load", "read", "write"])
+def test_a_tier_that_always_fails_costs_only_its_benefit(kind: str) -> None:
+    world = World(host=14, fails=lambda k: k == kind)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    world.ask("again", first)
+    if kind in ("read", "write"):
+        assert len(world.notes) == 1
+    world.check_nothing_is_held()
+
+
+def test_a_disk_that_recovers_is_used_again() -> None:
+    broken = True
+    world = World(host=14, fails=lambda kind: kind == "write" and broken)
+    first = world.ask("first", prompt_of(0, 30))
+    assert not world.transfer.disk
+    broken = False
+    world.clock.wait(2.0)
+    first = world.ask("again", first)
+    assert world.transfer.disk
+
+
+@pytest.mark.parametrize("after_steps", range(8))
+def test_a_request_that_is_aborted_in_any_state_leaves_nothing(after_steps: int) -> None:
+    world = World(host=14, copy_s=lambda kind, blocks: 0.02)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    world.add("again", first)
+    for _ in range(after_steps * 4):
+        world.step()
+    world.engine.abort("again")
+    world.run()
+    world.check_nothing_is_held()
+
+
+def test_a_load_that_nobody_waits_for_any_more_lands_in_nobodys_block() -> None:
+    world = World(disk_blocks=None, copy_s=lambda kind, blocks: 0.1 if kind == "load" else 0.0)
+    first = world.ask("first", prompt_of(0, 30))
+    world.ask("flood", prompt_of(1, 40))
+    world.add("again", first)
+    world.step()
+    assert world.engine.scheduler.loading
+    world.engine.abort("again")
+    world.ask("next", prompt_of(2, 30), 14)  # in the blocks that were being loaded, while the copy would have ended
+
+
+def test_what_was_written_over_before_its_turn_is_not_stored() -> None:
+    world = World(disk_blocks=None, store_budget=1, max_running=1, copy_s=lambda kind, blocks: 0.05)
+    for i in range(3):
+        world.add(str(i), prompt_of(i, 40), 1)
+    world.run()
+    assert world.cache.tier_stats.skipped_stores > 0
+    for i in range(3):
+        world.ask(f"again {i}", prompt_of(i, 40), 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_random_conversations_over_random_tiers_say_what_one_endless_device_says(seed: int) -> None:
+    rng = random.Random(seed)
+    slow = {kind: rng.choice([0.0, 0.003, 0.05, 0.5]) for kind in ("store", "load", "read", "write")}
+    bad = {kind: rng.choice([0.0, 0.0, 0.2]) for kind in slow}
+    world = World(
+        device=rng.randrange(12, 30),
+        host=rng.randrange(1, 40),
+        disk_blocks=rng.choice([None, 1, 10, 100]),
+        copy_s=lambda kind, blocks: slow[kind] * rng.random(),
+        fails=lambda kind: rng.random() < bad[kind],
+        strategy=rng.choice(["always", "never", "cost", "flashgen", "threshold:8"]),
+        eviction=rng.choice(["lru", "fifo", "lookahead"]),
+        staging=rng.choice([0, 2, 8, 100]),
+        wait_limit_s=rng.choice([0.1, 5.0]),
+        store_budget=rng.choice([1, 16]),
+        max_running=rng.randrange(1, 5),
+    )
+    once = world.transfer.poll
+    world.transfer.poll = lambda: [end for end in once() for _ in range(rng.choice([1, 1, 2]))]  # type: ignore[method-assign]
+    chats = [prompt_of(rng.randrange(3), rng.randrange(1, 12)) for _ in range(4)]
+    for turn in range(4):
+        prompts = {}
+        for i, chat in enumerate(chats):
+            if len(chat) > 36:
+                continue
+            prompts[f"{turn}.{i}"] = list(chat)
+            world.add(f"{turn}.{i}", list(chat), rng.randrange(1, 9))
+            for _ in range(rng.randrange(4)):
+                world.step()
+        aborted = rng.choice([None, *prompts])
+        if aborted is not None and rng.random() < 0.3:
+            world.engine.abort(aborted)
+        else:
+            aborted = None
+        world.run()
+        for name, prompt in prompts.items():
+            said = world.said[name]
+            assert said == expected_tokens(prompt, len(said), VOCAB)
+            assert said or name == aborted
+            chats[int(name[2:])] += [*said, rng.randrange(VOCAB)]
+        world.check_nothing_is_held()

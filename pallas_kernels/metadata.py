@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 
 class BatchMetadata(NamedTuple):
@@ -24,3 +25,15 @@ class BatchMetadata(NamedTuple):
     """Block id of the row's positions `j * block_size ...`; entries past the context are any valid block id."""
     kv_slot: Int32[Array, "tokens"]
     """Where each token's own KV goes: block * block_size + offset; a padding token's is out of range, and dropped."""
+
+
+class KVScales(NamedTuple):
+    """What the codes of an int8 or float8_e4m3fn cache are multiplied by, for each block and kv head."""
+
+    k: Float32[Array, "blocks kv_heads"]
+    v: Float32[Array, "blocks kv_heads"]
+
+    @classmethod
+    def empty(cls, blocks: int, kv_heads: int) -> KVScales:
+        """The scales of a cache that nothing has been written to."""
+        return cls(jnp.zeros((blocks, kv_heads), jnp.float32), jnp.zeros((blocks, kv_heads), jnp.float32))

@@ -11,36 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Float32, Int32, Shaped
 
-from jserve.pallas_kernels.metadata import BatchMetadata
+from jserve.pallas_kernels.metadata import BatchMetadata, KVScales
+from jserve.pallas_kernels.online_softmax import Scoring
+from jserve.pallas_kernels.work import make_tiles
 
 _MAX_TILE_QUERIES = 64
 _STRETCH_TOKENS = 64
-
-
-class Tiles(NamedTuple):
-    """Each up to a fixed number of consecutive queries of one row; enough tiles for any way to fill the bucket."""
-
-    row: Int32[Array, "tiles"]
-    token: Int32[Array, "tiles"]
-    """Index of the tile's first query among the tokens."""
-    queries: Int32[Array, "tiles"]
-    """Queries in the tile; 0 for a tile that this batch does not need."""
-    position: Int32[Array, "tiles"]
-    """Of the tile's first query in its row."""
-
-
-def make_tiles(meta: BatchMetadata, tokens: int, queries: int) -> Tiles:
-    rows = meta.context_len.shape[0]
-    lengths = meta.query_start[1:] - meta.query_start[:-1]
-    ends = jnp.cumsum((lengths + queries - 1) // queries)
-    index = jnp.arange(min(tokens, rows + tokens // queries), dtype=jnp.int32)
-    row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), rows - 1).astype(jnp.int32)
-    first = (index - (ends[row] - (lengths[row] + queries - 1) // queries)) * queries
-    count = jnp.where(index < ends[-1], jnp.clip(lengths[row] - first, 0, queries), 0)
-    position = meta.context_len[row] - lengths[row] + first
-    return Tiles(row, meta.query_start[row] + first, count, position)
 
 
 def tile_queries(tokens: int, rows: int) -> int:
@@ -58,40 +36,55 @@ class _Softmax(NamedTuple):
 
 def attend(
     q: Float[Array, "tokens heads dim"],
-    k_cache: Float[Array, "blocks block_size kv_heads dim"],
-    v_cache: Float[Array, "blocks block_size kv_heads dim"],
+    k_cache: Shaped[Array, "blocks block_size kv_heads dim"],
+    v_cache: Shaped[Array, "blocks block_size kv_heads dim"],
+    scales: KVScales | None,
     meta: BatchMetadata,
-    scale: float,
-) -> Float[Array, "tokens heads dim"]:
+    scoring: Scoring,
+) -> tuple[Float[Array, "tokens heads dim"], Float32[Array, "tokens heads"]]:
+    """Output and lse."""
     tokens, heads, dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     queries = tile_queries(tokens, meta.context_len.shape[0])
     tiles = make_tiles(meta, tokens, queries)
     offset = jnp.arange(queries, dtype=jnp.int32)
     token = jnp.where(offset < tiles.queries[:, None], tiles.token[:, None] + offset, tokens)
-    q_tiles = q.at[token].get(mode="fill", fill_value=0).astype(jnp.float32) * scale
+    q_tiles = q.at[token].get(mode="fill", fill_value=0).astype(jnp.float32) * scoring.scale
     q_tiles = q_tiles.reshape(-1, queries, kv_heads, heads // kv_heads, dim)
-    query_position = tiles.position[:, None] + offset
+    query_position = (tiles.position[:, None] + offset)[..., None]
+    context = tiles.context()
     table = meta.block_table[tiles.row]
     stretch = max(1, _STRETCH_TOKENS // block_size)
 
     def step(i: Array, state: _Softmax) -> _Softmax:
         column = i * stretch + jnp.arange(stretch, dtype=jnp.int32)
         block = jnp.take(table, column, axis=1, mode="clip")
-        k, v = (_gather(cache, block) for cache in (k_cache, v_cache))
         position = i * stretch * block_size + jnp.arange(stretch * block_size, dtype=jnp.int32)
-        seen = position <= query_position[..., None]
-        # What lies past the tile's context may be NaN, and 0 * NaN is NaN.
-        v = jnp.where((position < (tiles.position + tiles.queries)[:, None])[..., None, None], v, 0)
-        return _advance(state, q_tiles, k, v, seen)
+        held = position < context[:, None]
+        seen = (position <= query_position) & held[:, None, :]
+        if scoring.window is not None:
+            seen &= position > query_position - scoring.window
+            held &= position > tiles.position[:, None] - scoring.window
+        k, v = (_gather(*x, block) for x in zip((k_cache, v_cache), scales or (None, None), strict=True))
+        # What the tile does not see may be NaN, and 0 * NaN is NaN.
+        return _advance(state, q_tiles, k, jnp.where(held[..., None, None], v, 0), seen, scoring.soft_cap)
 
-    reach = jnp.max(jnp.where(tiles.queries > 0, tiles.position + tiles.queries, 0), initial=0)
-    steps = (reach + stretch * block_size - 1) // (stretch * block_size)
+    steps = (jnp.max(context, initial=0) + stretch * block_size - 1) // (stretch * block_size)
+    first = jnp.int32(0)
+    if scoring.window is not None:
+        seen_from = jnp.where(context > 0, tiles.position - scoring.window + 1, 2**31 - 1)
+        first = jnp.maximum(jnp.min(seen_from), 0) // (stretch * block_size)
     # Derived from the queries, the first state varies over the same mesh axes as the later ones do.
     start = _Softmax(jnp.zeros_like(q_tiles), *(jnp.full_like(q_tiles[..., 0], x) for x in (-jnp.inf, 0)))
-    state = jax.lax.fori_loop(0, steps, step, start)
+    state = jax.lax.fori_loop(first, steps, step, start)
     result = state.out / jnp.where(state.total > 0, state.total, 1)[..., None]
-    return jnp.zeros_like(q).at[token].set(result.reshape(*token.shape, heads, dim).astype(q.dtype), mode="drop")
+    lse = state.top + jnp.log(state.total)
+    result, lse = (x.reshape(*token.shape, heads, *x.shape[4:]) for x in (result, lse))
+    nothing = jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
+    return (
+        jnp.zeros_like(q).at[token].set(result.astype(q.dtype), mode="drop"),
+        nothing.at[token].set(lse, mode="drop"),
+    )
 
 
 def write(
@@ -109,9 +102,13 @@ def write(
 
 
 def _gather(
-    cache: Float[Array, "blocks block_size kv_heads dim"], block: Int32[Array, "tiles stretch"]
-) -> Float[Array, "tiles positions kv_heads dim"]:
+    cache: Shaped[Array, "blocks block_size kv_heads dim"],
+    scale: Float32[Array, "blocks kv_heads"] | None,
+    block: Int32[Array, "tiles stretch"],
+) -> Float32[Array, "tiles positions kv_heads dim"]:
     found = cache.at[block].get(mode="clip").astype(jnp.float32)
+    if scale is not None:
+        found *= scale.at[block].get(mode="clip")[:, :, None, :, None]
     return found.reshape(block.shape[0], -1, *cache.shape[2:])
 
 
@@ -121,9 +118,12 @@ def _advance(
     k: Float[Array, "tiles positions kv_heads dim"],
     v: Float[Array, "tiles positions kv_heads dim"],
     seen: Bool[Array, "tiles queries positions"],
+    soft_cap: float | None,
 ) -> _Softmax:
     exact = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("iqkgd,itkd->iqkgt", q, k, precision=exact)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(seen[:, :, None, None, :], scores, -jnp.inf)
     top = jnp.maximum(state.top, scores.max(axis=-1))
     # A query that has seen nothing yet, padding, keeps top = -inf, and -inf - -inf is NaN.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -53,14 +55,45 @@ def test_a_backend_on_the_wrong_platform_is_refused(requested: str, platform: st
         choose_backend(requested, platform)
 
 
+def test_a_gpu_too_old_for_the_kernels_is_refused_and_xla_only_taken_if_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old = SimpleNamespace(compute_capability="7.5", device_kind="Tesla T4")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [old])
+    with pytest.raises(
+        ConfigError, match=r"needs compute capability 8\.0 \(Ampere\), and Tesla T4 has 7\.5: set .* 'xla'"
+    ):
+        choose_backend("auto", "gpu")
+    assert choose_backend("xla", "gpu") == "xla"
+    old.compute_capability = "12.0"
+    assert choose_backend("auto", "gpu") == "pallas"
+
+
 def test_heads_and_dtypes_without_a_kernel_are_refused_at_start_up() -> None:
     for head_dim in (8, 64, 80, 96, 128):
         check_supported("pallas", head_dim=head_dim, dtype=jnp.bfloat16)
         check_supported("native", head_dim=head_dim, dtype=jnp.float32)
-    with pytest.raises(ConfigError, match="head_dim is 512"):
-        check_supported("pallas", head_dim=512, dtype=jnp.bfloat16)
+    for wrong in (512, 84):
+        with pytest.raises(ConfigError, match=f"head_dim is {wrong}, .* multiples of 8 up to 256: set .* to 'xla'"):
+            check_supported("pallas", head_dim=wrong, dtype=jnp.bfloat16)
     with pytest.raises(ConfigError, match=r"'float16', which the native .* use float32 or bfloat16"):
         check_supported("native", head_dim=64, dtype=jnp.float16)
+
+
+def test_caches_and_options_without_a_kernel_are_refused_at_start_up() -> None:
+    for backend in ("xla", "pallas"):
+        for kv_dtype in (None, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
+            check_supported(backend, head_dim=64, dtype=jnp.bfloat16, kv_dtype=kv_dtype, window=128, soft_cap=30.0)
+    with pytest.raises(ConfigError, match=r"is 'float16', .* in bfloat16: use bfloat16 or int8 or float8_e4m3fn"):
+        check_supported("pallas", head_dim=64, dtype=jnp.bfloat16, kv_dtype=jnp.float16)
+    with pytest.raises(ConfigError, match=r"is 'int8', which the native .*: use float32$"):
+        check_supported("native", head_dim=64, dtype=jnp.float32, kv_dtype=jnp.int8)
+    with pytest.raises(ConfigError, match=r"sliding window of 128 .* set runner.attention_backend to 'xla'"):
+        check_supported("native", head_dim=64, dtype=jnp.float32, window=128)
+    for block_size in (1, 8, 16, 256):
+        check_supported("pallas", head_dim=64, dtype=jnp.bfloat16, block_size=block_size)
+    with pytest.raises(ConfigError, match=r"cache.block_size is 2048, .* takes 1 to 1024"):
+        check_supported("pallas", head_dim=64, dtype=jnp.bfloat16, block_size=2048)
 
 
 def test_source_that_does_not_compile_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

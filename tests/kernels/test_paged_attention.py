@@ -16,10 +16,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from jserve.pallas_kernels import Backend, BatchMetadata, native, paged_attention
+from jserve.errors import ConfigError
+from jserve.pallas_kernels import (
+    Backend,
+    BatchMetadata,
+    KVScales,
+    merge_partials,
+    native,
+    paged_attention,
+    pallas_triton,
+    partial_attention,
+)
+from jserve.pallas_kernels.online_softmax import Scoring
+from jserve.pallas_kernels.tiles import Tile
 
 BACKENDS: tuple[Backend, ...] = ("native", "xla", "pallas")
-TOKENS, ROWS, BLOCKS = 24, 5, 64
+WITH_OPTIONS: tuple[Backend, ...] = ("xla", "pallas")
+"""Those that have lse, sliding window, soft cap and quantised caches."""
+TOKENS, ROWS, BLOCKS, WIDTH = 24, 5, 64, 24
 """One bucket for all batches, so that each backend compiles once for each shape of heads."""
 
 Row = tuple[int, int]
@@ -62,7 +76,7 @@ def make_batch(
     """Rows on randomly placed blocks; the first `shared_blocks` of every row are the same ones."""
     rng = np.random.default_rng(seed)
     size = shape.block_size
-    width = max(1, *(-(-context // size) for _, context in rows), 1)
+    width = max(WIDTH, *(-(-context // size) for _, context in rows), 1)
     free = list(rng.permutation(blocks))
     common = [free.pop() for _ in range(shared_blocks)]
     cache = np.full((2, blocks, size, shape.kv_heads, shape.dim), np.nan, np.float32)
@@ -81,40 +95,78 @@ def make_batch(
     return Batch(q, *cache, query_start, context_len, table)
 
 
-def exact_attention(batch: Batch, scale: float) -> np.ndarray:
-    out = np.zeros(batch.q.shape, np.float64)
+def exact_attention(
+    batch: Batch, scale: float, window: int | None = None, soft_cap: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Output and lse."""
+    out, lse = np.zeros(batch.q.shape, np.float64), np.full(batch.q.shape[:2], -np.inf)
     group = batch.q.shape[1] // batch.k_cache.shape[2]
     size = batch.k_cache.shape[1]
     for r, context in enumerate(batch.context_len):
         begin, end = batch.query_start[r : r + 2]
         for token in range(begin, end):
-            position = np.arange(context - (end - begin) + (token - begin) + 1)
+            last = context - (end - begin) + (token - begin)
+            position = np.arange(max(0, last + 1 - (window or last + 1)), last + 1)
+            if not len(position):
+                continue
             at = batch.block_table[r, position // size], position % size
             k, v = (np.repeat(c[at].astype(np.float64), group, axis=1) for c in (batch.k_cache, batch.v_cache))
             scores = np.einsum("hd,thd->ht", batch.q[token].astype(np.float64), k) * scale
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
+            top = scores.max(axis=1, keepdims=True)
+            weights = np.exp(scores - top)
             out[token] = np.einsum("ht,thd->hd", weights / weights.sum(axis=1, keepdims=True), v)
-    return out
+            lse[token] = top[:, 0] + np.log(weights.sum(axis=1))
+    return out, lse
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "backend"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("scale", "backend", "window", "soft_cap"),
+    compiler_options={"xla_backend_optimization_level": 0},  # halves the time of these tests, which is compilation
+)
 def _compiled(
-    q: jax.Array, k: jax.Array, v: jax.Array, meta: BatchMetadata, scale: float, backend: Backend
-) -> jax.Array:
-    return paged_attention(q, k, v, meta, scale=scale, backend=backend)
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    meta: BatchMetadata,
+    scale: float,
+    backend: Backend,
+    scales: KVScales | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    if backend == "native":
+        return paged_attention(q, k, v, meta, scale=scale, backend=backend), None
+    return partial_attention(
+        q, k, v, meta, scale=scale, backend=backend, scales=scales, window=window, soft_cap=soft_cap
+    )
 
 
 def attend(batch: Batch, backend: Backend, dtype: jnp.dtype = jnp.float32) -> np.ndarray:
     if backend == "native" and (problem := native.unavailable()):
         pytest.skip(f"native backend: {problem}")
     arrays = (jnp.asarray(x, dtype) for x in (batch.q, batch.k_cache, batch.v_cache))
-    out = _compiled(*arrays, batch.meta(), scale=batch.q.shape[-1] ** -0.5, backend=backend)
+    out, _ = _compiled(*arrays, batch.meta(), scale=batch.q.shape[-1] ** -0.5, backend=backend)
     return np.asarray(out.astype(jnp.float32))
 
 
 def assert_exact(batch: Batch, backend: Backend, atol: float = 5e-6) -> None:
-    expected = exact_attention(batch, batch.q.shape[-1] ** -0.5)
+    expected, _ = exact_attention(batch, batch.q.shape[-1] ** -0.5)
     np.testing.assert_allclose(attend(batch, backend), expected, atol=atol, rtol=0)
+
+
+def assert_exact_with_lse(
+    batch: Batch, backend: Backend, window: int | None = None, soft_cap: float | None = None
+) -> None:
+    scale = batch.q.shape[-1] ** -0.5
+    arrays = map(jnp.asarray, (batch.q, batch.k_cache, batch.v_cache))
+    out, lse = _compiled(*arrays, batch.meta(), scale=scale, backend=backend, window=window, soft_cap=soft_cap)
+    expected, expected_lse = exact_attention(batch, scale, window, soft_cap)
+    assert lse.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, atol=5e-6, rtol=0)
+    np.testing.assert_allclose(lse, expected_lse, atol=3e-6, rtol=1e-6)
 
 
 @st.composite
@@ -139,11 +191,7 @@ def test_any_ragged_batch_equals_exact_attention(shape: Heads, backend: Backend)
     @settings(max_examples=12, deadline=None, derandomize=True, database=None)
     @given(rows=ragged_rows(shape.block_size), seed=st.integers(0, 2**31))
     def check(rows: list[Row], seed: int) -> None:
-        # A block table of one width, so that shapes repeat.
-        batch = make_batch(shape, rows, seed, blocks=BLOCKS * 8)
-        pad = 24 - batch.block_table.shape[1]
-        table = np.pad(batch.block_table, ((0, 0), (0, max(0, pad))), mode="edge")
-        assert_exact(replace(batch, block_table=table), backend)
+        assert_exact(make_batch(shape, rows, seed, blocks=BLOCKS * 8), backend)
 
     check()
 
@@ -191,8 +239,127 @@ def test_bfloat16_loses_only_its_own_rounding(backend: Backend) -> None:
     batch = make_batch(SHAPES[0], [(5, 30), (1, 20)])
     rounded = (np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (batch.q, batch.k_cache, batch.v_cache))
     rounded_batch = Batch(*rounded, batch.query_start, batch.context_len, batch.block_table)
-    expected = exact_attention(rounded_batch, batch.q.shape[-1] ** -0.5)
+    expected, _ = exact_attention(rounded_batch, batch.q.shape[-1] ** -0.5)
     np.testing.assert_allclose(attend(batch, backend, jnp.bfloat16), expected, atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=str)
+def test_lse_window_and_soft_cap_equal_exact_ones(shape: Heads, backend: Backend) -> None:
+    edge = shape.block_size
+    batch = make_batch(shape, [(1, 1), (9, 9 + 2 * edge), (1, 3 * edge), (2, 2), (1, 6 * edge + 1)], blocks=128)
+    assert_exact_with_lse(batch, backend)
+    assert_exact_with_lse(replace(batch, q=batch.q * 4), backend, window=edge + 3, soft_cap=5.0)
+
+
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
+def test_what_lies_before_the_window_never_reaches_a_result(backend: Backend) -> None:
+    """Blocks that a sliding window has left behind may belong to others."""
+    window = 20
+    batch = make_batch(SHAPES[0], [(6, 70), (1, 90), (3, 30)])
+    k, v, size = batch.k_cache.copy(), batch.v_cache.copy(), SHAPES[0].block_size
+    for row, (queries, context) in enumerate([(6, 70), (1, 90), (3, 30)]):
+        for position in range(context - queries - window + 1):
+            k[batch.block_table[row, position // size], position % size] = np.nan
+            v[batch.block_table[row, position // size], position % size] = np.nan
+    assert_exact_with_lse(replace(batch, k_cache=k, v_cache=v), backend, window=window)
+
+
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
+def test_a_bucket_of_as_many_rows_as_tokens_takes_decodes_and_short_prompts(backend: Backend) -> None:
+    """No chunk fits it that is worth the kernel for those. Contexts need one split, several, or none."""
+    batch = make_batch(SHAPES[0], [(1, 150), (1, 1), (2, 40)], tokens=ROWS)
+    assert_exact_with_lse(batch, backend)
+    alone = make_batch(SHAPES[0], [(ROWS, ROWS + 16)], tokens=ROWS)
+    assert_exact_with_lse(alone, backend)
+
+
+@pytest.mark.parametrize("heads", [Heads(56, 56, 8, 16), Heads(20, 1, 16, 16), Heads(14, 2, 256, 8)], ids=str)
+def test_any_number_of_heads_shares_a_kv_head(heads: Heads) -> None:
+    assert_exact_with_lse(make_batch(heads, [(1, 20), (6, 30)]), "pallas")
+
+
+@pytest.mark.parametrize("kv_tokens", [16, 32])
+def test_steps_within_a_block_and_across_blocks_agree(kv_tokens: int) -> None:
+    batch = make_batch(SHAPES[4], [(1, 65), (1, 32), (5, 69), (0, 0), (1, 1)])
+    scale = batch.q.shape[-1] ** -0.5
+    arrays = map(jnp.asarray, (batch.q, batch.k_cache, batch.v_cache))
+    out, lse = pallas_triton.attend(
+        *arrays,
+        None,
+        batch.meta(),
+        Scoring(scale),
+        decode_tile=Tile(16, kv_tokens, 4, 2),
+        prefill_tile=Tile(16, kv_tokens, 4, 2),
+    )
+    expected, expected_lse = exact_attention(batch, scale)
+    np.testing.assert_allclose(out, expected, atol=5e-6, rtol=0)
+    np.testing.assert_allclose(lse, expected_lse, atol=3e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
+def test_holders_of_parts_of_a_context_merge_into_attention_over_all_of_it(backend: Backend) -> None:
+    """One holder has the first blocks of each row, one the rest, one nothing: not even of row 1, which is short."""
+    shape, cut = SHAPES[0], 32
+    batch = make_batch(shape, [(1, 75), (1, 20), (1, 33)])
+    first = np.minimum(batch.context_len, cut)
+    holders = [
+        replace(batch, context_len=first),
+        replace(batch, context_len=batch.context_len - first, block_table=np.roll(batch.block_table, -2, axis=1)),
+        replace(batch, context_len=np.zeros_like(first)),
+    ]
+    scale = shape.dim**-0.5
+    partials = [
+        _compiled(*map(jnp.asarray, (h.q, h.k_cache, h.v_cache)), h.meta(), scale=scale, backend=backend)
+        for h in holders
+    ]
+    assert not np.isfinite(partials[2][1]).any()
+    out, lse = merge_partials(*(jnp.stack(x) for x in zip(*partials, strict=True)), backend=backend)
+    expected, expected_lse = exact_attention(batch, scale)
+    np.testing.assert_allclose(out, expected, atol=5e-6, rtol=0)
+    np.testing.assert_allclose(lse, expected_lse, atol=3e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
+@pytest.mark.parametrize("codes", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "e4m3"])
+def test_a_quantised_cache_attends_with_code_times_scale(codes: jnp.dtype, backend: Backend) -> None:
+    """Blocks without a row have NaN scales, and codes of any bits, e4m3's NaN among them, past a row's context."""
+    shape, rng = SHAPES[0], np.random.default_rng(0)
+    batch = make_batch(shape, [(1, 75), (7, 40), (2, 17)])
+    used = np.zeros(BLOCKS, bool)
+    used[np.unique(np.concatenate([batch.block_table[r, : -(-n // 16)] for r, n in enumerate(batch.context_len)]))] = 1
+    held = ~np.isnan(batch.k_cache)
+    raw, scales, dense = [], [], []
+    for _ in range(2):
+        code = rng.integers(-127, 128, batch.k_cache.shape).astype(np.int8).view(codes)
+        code = np.where(held & np.isnan(code.astype(np.float32)), np.asarray(1, codes), code)
+        scale = np.where(used[:, None], 2.0 ** rng.integers(-9, -5, (BLOCKS, shape.kv_heads)), np.nan)
+        raw.append(jnp.asarray(code))
+        scales.append(jnp.asarray(scale, jnp.float32))
+        dense.append((code.astype(np.float64) * scale[:, None, :, None]).astype(np.float32))
+    out, lse = _compiled(
+        jnp.asarray(batch.q), *raw, batch.meta(), scale=0.125, backend=backend, scales=KVScales(*scales)
+    )
+    expected, expected_lse = exact_attention(replace(batch, k_cache=dense[0], v_cache=dense[1]), 0.125)
+    np.testing.assert_allclose(out, expected, atol=5e-6 * np.abs(expected).max(), rtol=0)
+    np.testing.assert_allclose(lse, expected_lse, atol=3e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
+def test_small_scales_do_not_vanish_in_float16(backend: Backend) -> None:
+    """A weight of 1/75 times a scale of 2**-16 has two bits left in float16."""
+    rng = np.random.default_rng(0)
+    batch = make_batch(SHAPES[0], [(1, 75)])
+    codes = [rng.integers(-127, 128, batch.k_cache.shape).astype(np.int8) for _ in range(2)]
+    scales = KVScales(*(jnp.full((BLOCKS, 3), scale, jnp.float32) for scale in (2.0**-6, 2.0**-16)))
+    dense = [c.astype(np.float32) * float(s[0, 0]) for c, s in zip(codes, scales, strict=True)]
+    q = np.asarray(batch.q, np.float16)
+    out, _ = _compiled(
+        jnp.asarray(q), *map(jnp.asarray, codes), batch.meta(), scale=0.01, backend=backend, scales=scales
+    )
+    expected, _ = exact_attention(replace(batch, q=q.astype(np.float32), k_cache=dense[0], v_cache=dense[1]), 0.01)
+    assert out.dtype == jnp.float16
+    np.testing.assert_allclose(out[0], expected[0], atol=0.01 * np.abs(expected[0]).max(), rtol=0)
 
 
 def _bits(batch: Batch, row: int) -> np.ndarray:
@@ -263,6 +430,28 @@ def test_native_refuses_metadata_that_points_outside_the_arrays(field: str, valu
         attend(replace(batch, **{field: wrong}), "native")
 
 
+def test_what_the_native_backend_lacks_it_says() -> None:
+    batch = make_batch(Heads(4, 4, 8, 4), [(1, 3)])
+    arrays = [jnp.asarray(x) for x in (batch.q, batch.k_cache, batch.v_cache)]
+    with pytest.raises(ConfigError, match=r"does not have lse: set .* to 'xla'"):
+        partial_attention(*arrays, batch.meta(), scale=1.0, backend="native")
+    with pytest.raises(ConfigError, match=r"does not have scales, window and soft_cap: set .* to 'xla'"):
+        paged_attention(*arrays, batch.meta(), scale=1.0, backend="native", window=4)
+
+
+def test_a_cache_that_triton_would_address_wrongly_is_refused() -> None:
+    """Its 32-bit offsets are signed, and it takes 64 bits for more than 2**32 bytes only."""
+
+    def check(blocks: int, dtype: jnp.dtype) -> None:
+        pallas_triton.check_addressable(jax.ShapeDtypeStruct((blocks, 16, 32, 128), dtype))
+
+    check(40_000, jnp.bfloat16)  # 2.6e9 numbers in 5.2e9 bytes
+    check(32_767, jnp.int8)
+    check(70_000, jnp.int8)
+    with pytest.raises(ConfigError, match=r"set cache.device_blocks lower or tp higher"):
+        check(40_000, jnp.int8)
+
+
 def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
     batch = make_batch(Heads(4, 4, 8, 4), [(1, 3)])
     with pytest.raises(ValueError, match="heads must be a multiple of kv_heads"):
@@ -275,4 +464,12 @@ def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
             batch.meta(),
             scale=1.0,
             backend="xla",
+        )
+    with pytest.raises(ValueError, match="scales need int8 or float8_e4m3fn"):
+        paged_attention(
+            *map(jnp.asarray, (batch.q, batch.k_cache, batch.v_cache)),
+            batch.meta(),
+            scale=1.0,
+            backend="xla",
+            scales=KVScales.empty(64, 4),
         )

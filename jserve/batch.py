@@ -164,6 +164,8 @@ TOKEN_BUCKETS = (
     6144,
     8192,
 )
+COPY_BUCKETS = (1, 4, 16)
+"""Blocks that one program copies out of or into the pool."""
 ROW_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 
 

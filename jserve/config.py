@@ -13,6 +13,7 @@ from typing import Any, Literal
 from jserve.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Eviction = Literal["lru", "fifo", "lookahead"]
 AttentionBackend = Literal["auto", "native", "xla", "pallas"]
 
 
@@ -26,7 +27,7 @@ def cache_root() -> Path:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The paged KV cache on the device."""
+    """The paged KV cache on the device, and the tiers below it."""
 
     block_size: int | None = None
     """Tokens in a block; None is 8 on CPU, where small blocks cost nothing and keep more of a history, else 16."""
@@ -36,6 +37,22 @@ class CacheConfig:
     """Share of the free device memory that the pool may take when `device_blocks` is None."""
     prefix_cache: bool = True
     """Reuse the KV of earlier requests with the same prefix."""
+    host_gib: float = 0.0
+    """Host memory for KV that the device has no room for, in GiB; 0 is none."""
+    disk_dir: str | None = None
+    """A directory (or a TensorStore URL, such as s3://bucket/path) for KV that host memory has no room for. It outlives
+    the server: a restart finds it. Needs host_gib, through which it is read and written."""
+    disk_gib: float = 64.0
+    """What the KV there may take, in GiB."""
+    staging_gib: float | None = None
+    """Host memory that reads from disk may hold for waiting requests; None: one request of the longest length."""
+    restore: str = "flashgen"
+    """How much of a history to load rather than compute: flashgen (disk only while another request waits), cost (what
+    is measured to be faster), threshold:TOKENS, always, never."""
+    eviction: Eviction = "lru"
+    """What leaves a full tier first: lru, fifo, or lookahead (what no waiting request needs)."""
+    load_timeout_s: float = 10.0
+    """After so long, a request computes what has not come from a lower tier."""
 
     def __post_init__(self) -> None:
         _check(
@@ -51,6 +68,27 @@ class CacheConfig:
             "use at least 1 block, or leave it out to size the pool from free memory",
         )
         _check(0 < self.memory_fraction <= 1, "cache.memory_fraction", self.memory_fraction, "use a share in (0, 1]")
+        _check(self.host_gib >= 0, "cache.host_gib", self.host_gib, "use 0 (no host tier) or more GiB")
+        _check(self.disk_gib > 0, "cache.disk_gib", self.disk_gib, "use more than 0 GiB, or leave disk_dir out")
+        _check(
+            self.disk_dir is None or self.host_gib > 0,
+            "cache.host_gib",
+            self.host_gib,
+            "the disk tier is read and written through host memory: give it some GiB, or leave disk_dir out",
+        )
+        _check(
+            self.host_gib == 0 or self.prefix_cache,
+            "cache.prefix_cache",
+            self.prefix_cache,
+            "a host tier keeps prefixes: turn it on, or leave host_gib out",
+        )
+        _check(
+            self.staging_gib is None or self.staging_gib >= 0,
+            "cache.staging_gib",
+            self.staging_gib,
+            "use 0 or more GiB, or leave it out",
+        )
+        _check(self.load_timeout_s > 0, "cache.load_timeout_s", self.load_timeout_s, "use more than 0 seconds")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class EngineInfo:
 
     model: str
     fingerprint: str
-    """Part of every block's key: the model's name, shape and dtype. Not its weights: it may not outlive the process."""
+    """Part of every block's key: the model's name, shape and dtype, and its weights where KV outlives the process."""
     vocab_size: int
     max_model_len: int
     block_size: int

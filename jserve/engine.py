@@ -100,10 +100,12 @@ class Engine:
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
         """Load the model, size the pool, compile every program. Raises ConfigError or ModelError."""
+        from jserve.progress import SilentProgress
         from jserve.runner import Runner
+        from jserve.tiers import build_cache
 
         runner = Runner.from_config(config, progress)
-        return cls(config, runner.info, runner)
+        return cls(config, runner.info, runner, cache=build_cache(config, runner, progress or SilentProgress()))
 
     # --- intake -------------------------------------------------------------------------------------------------
 

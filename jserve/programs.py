@@ -30,6 +30,7 @@ from jserve.batch import Limits, forward_sizes, head_sizes, unpack_forward, unpa
 from jserve.models.layers import use_matmul
 from jserve.models.spec import ModelSpec
 from jserve.pallas_kernels.backends import Backend
+from jserve.pallas_kernels.block_copy import gather_blocks, scatter_blocks
 from jserve.pallas_kernels.kv_write import kv_write
 from jserve.pallas_kernels.matmul import matmul
 from jserve.pallas_kernels.metadata import BatchMetadata
@@ -43,6 +44,7 @@ Pool = list[Array]
 """K or V of the whole cache: one [blocks, block_size, kv_heads, head_dim] a layer."""
 
 POOL_SPEC = P(None, None, "tp", None)
+BLOCK_SPEC = P(None, None, None, "tp", None)
 HEADS_SPEC = P(None, "tp", None)
 
 
@@ -91,6 +93,8 @@ class Programs:
         self._forward = jax.jit(
             self._forward_step, static_argnums=0, donate_argnums=(2, 3), out_shardings=(same, pools, pools)
         )
+        self._gather = jax.jit(self._gather_blocks, static_argnums=0)
+        self._scatter = jax.jit(self._scatter_blocks, donate_argnums=(0, 1), out_shardings=(pools, pools))
         self._compiled: dict[tuple[str, int], Callable[..., Any]] = {}
         self._head = jax.jit(self._head_step, static_argnums=0, donate_argnums=3, out_shardings=(same, same))
 
@@ -167,10 +171,58 @@ class Programs:
         )
         return sharded(q, new_k, new_v, k, v, meta)
 
+    # --- copies of blocks, for the tiers ------------------------------------------------------------------------
+
+    def gather(self, count: int, k: Pool, v: Pool, ids: Int32[Array, "count"]) -> list[Array]:
+        """Blocks of the pool, each in one array of `block_shape`."""
+        program = self._compiled.get(("gather", count)) or partial(self._gather, count)
+        result: list[Array] = program(k, v, ids)
+        return result
+
+    def scatter(
+        self, count: int, k: Pool, v: Pool, ids: Int32[Array, "count"], blocks: list[Array]
+    ) -> tuple[Pool, Pool]:
+        """The pool with `blocks` in the places `ids`; ids outside of it are dropped."""
+        program = self._compiled.get(("scatter", count)) or self._scatter
+        result: tuple[Pool, Pool] = program(k, v, ids, blocks)
+        return result
+
+    def _gather_blocks(self, count: int, k: Pool, v: Pool, ids: Array) -> list[Array]:
+        def local(k: Pool, v: Pool, ids: Array) -> list[Array]:
+            return list(gather_blocks(k, v, ids, backend=self._copy_backend))
+
+        pools = [POOL_SPEC] * self.spec.num_layers
+        sharded: Callable[..., list[Array]] = jax.shard_map(
+            local, mesh=self.mesh, in_specs=(pools, pools, P()), out_specs=[BLOCK_SPEC] * count, check_vma=False
+        )
+        return sharded(k, v, ids)
+
+    def _scatter_blocks(self, k: Pool, v: Pool, ids: Array, blocks: list[Array]) -> tuple[Pool, Pool]:
+        def local(k: Pool, v: Pool, ids: Array, blocks: list[Array]) -> tuple[Pool, Pool]:
+            return scatter_blocks(k, v, ids, jnp.stack(blocks), backend=self._copy_backend)
+
+        pools = [POOL_SPEC] * self.spec.num_layers
+        sharded: Callable[..., tuple[Pool, Pool]] = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(pools, pools, P(), [BLOCK_SPEC] * len(blocks)),
+            out_specs=(pools, pools),
+            check_vma=False,
+        )
+        return sharded(k, v, ids, blocks)
+
+    @property
+    def _copy_backend(self) -> Backend:
+        return "pallas" if self.backend == "pallas" else "xla"
+
     # --- memory -------------------------------------------------------------------------------------------------
 
     def pool_shape(self) -> tuple[int, int, int, int]:
         return self.limits.num_blocks, self.limits.block_size, self.spec.num_kv_heads, self.spec.head_dim
+
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """Of a block outside the pool: [layers, K and V, block_size, kv_heads, head_dim]."""
+        return self.spec.num_layers, 2, *self.pool_shape()[1:]
 
     def empty_pool(self) -> Pool:
         """The zeroed K or V cache, straight on the mesh."""
@@ -188,7 +240,7 @@ class Programs:
     # --- compiling ----------------------------------------------------------------------------------------------
 
     def lower_forward(self, tokens: int) -> Any:
-        pool = [jax.ShapeDtypeStruct(self.pool_shape(), self.dtype, sharding=self.pool_sharding)] * self.spec.num_layers
+        pool = self._pool_shapes()
         last_token = self._vector(self.limits.slots)
         words = self._vector(sum(forward_sizes(tokens, self.limits)))
         return self._forward.lower(tokens, self._leaf_shapes, pool, pool, last_token, words)
@@ -199,8 +251,20 @@ class Programs:
             rows, self._leaf_shapes, hidden, self._state_shapes(), self._vector(sum(head_sizes(rows)))
         )
 
+    def lower_gather(self, count: int) -> Any:
+        return self._gather.lower(count, self._pool_shapes(), self._pool_shapes(), self._vector(count))
+
+    def lower_scatter(self, count: int) -> Any:
+        sharding = NamedSharding(self.mesh, BLOCK_SPEC)
+        blocks = [jax.ShapeDtypeStruct(self.block_shape(), self.dtype, sharding=sharding)] * count
+        return self._scatter.lower(self._pool_shapes(), self._pool_shapes(), self._vector(count), blocks)
+
     def warm_up(
-        self, token_buckets: tuple[int, ...], row_buckets: tuple[int, ...], progress: Progress
+        self,
+        token_buckets: tuple[int, ...],
+        row_buckets: tuple[int, ...],
+        copy_buckets: tuple[int, ...],
+        progress: Progress,
     ) -> list[ProgramReport]:
         """Compile everything; later calls with these buckets find the programs ready."""
         slot_words = self._vector(len(pack_slot(0, SamplingParams(), frozenset(), self.spec.vocab_size)))
@@ -209,6 +273,8 @@ class Programs:
             (("set_slot", 0), lambda: self.set_slot.lower(self._state_shapes(), slot_words)),
             (("set_counts", 0), lambda: self.set_counts.lower(self._state_shapes(), np.int32(0), counts)),
         ]
+        jobs += [(("gather", n), partial(self.lower_gather, n)) for n in copy_buckets]
+        jobs += [(("scatter", n), partial(self.lower_scatter, n)) for n in copy_buckets]
         jobs += [(("head", n), partial(self.lower_head, n)) for n in row_buckets]
         jobs += [(("forward", n), partial(self.lower_forward, n)) for n in token_buckets]
         # Tracing holds the interpreter, so it stays serial; XLA compiles outside of it, in threads.
@@ -219,11 +285,19 @@ class Programs:
                 self._compiled[name, size], seconds, temp_bytes = job.result()
                 reports.append(ProgramReport(f"{name}[{size}]" if size else name, seconds, temp_bytes))
                 task.advance()
-        traced: tuple[Any, Any] = self._forward, self._head  # what they have traced is compiled now
+        traced: tuple[Any, ...] = (
+            self._forward,
+            self._head,
+            self._gather,
+            self._scatter,
+        )  # what they have traced is compiled now
         for function in traced:
             function.clear_cache()
         _give_memory_back()
         return reports
+
+    def _pool_shapes(self) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct(self.pool_shape(), self.dtype, sharding=self.pool_sharding)] * self.spec.num_layers
 
     def _vector(self, size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=self.replicated)

@@ -9,31 +9,42 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jserve.batch import ROW_BUCKETS, TOKEN_BUCKETS, Limits, bucket_for, buckets_up_to, pack_forward, pack_head
+from jserve.batch import (
+    COPY_BUCKETS,
+    ROW_BUCKETS,
+    TOKEN_BUCKETS,
+    Limits,
+    bucket_for,
+    buckets_up_to,
+    pack_forward,
+    pack_head,
+)
 from jserve.config import EngineConfig, cache_root
 from jserve.doors import EngineInfo, StepResult
 from jserve.errors import ConfigError
+from jserve.host_memory import available_host_bytes
 from jserve.models.spec import ModelSpec
 from jserve.pallas_kernels.backends import check_supported, choose_backend
-from jserve.programs import CompileCounter, ProgramReport, Programs
+from jserve.programs import BLOCK_SPEC, CompileCounter, ProgramReport, Programs
 from jserve.progress import Progress, SilentProgress
 from jserve.request import TokenLogprobs
 from jserve.sampling import Sampled, count_tokens, flags_of, needs_counts, pack_slot
 from jserve.sched.plan import Row, StepPlan
 from jserve.sched.sequence import Sequence
+
+T = TypeVar("T")
 
 _SLOW = {("cpu", "xla"): " (about ten times slower than native, which needs a C++ compiler: install one, such as g++)"}
 
@@ -99,7 +110,7 @@ class Runner:
         self._slot_flags = np.zeros((slots, 3), np.bool_)
         self.info = EngineInfo(
             model=name,
-            fingerprint=_fingerprint(name, spec, str(self.programs.dtype)),
+            fingerprint=_fingerprint(name, spec, str(self.programs.dtype), self._weights_digest()),
             vocab_size=spec.vocab_size,
             max_model_len=max_model_len,
             block_size=self.limits.block_size,
@@ -112,7 +123,8 @@ class Runner:
         )
         self.reports: list[ProgramReport] = []
         if config.runner.warmup:
-            self.reports = self.programs.warm_up(self._token_buckets, self._row_buckets, progress)
+            copies = COPY_BUCKETS if config.cache.host_gib else ()
+            self.reports = self.programs.warm_up(self._token_buckets, self._row_buckets, copies, progress)
             progress.note(table_of(self.reports))
             self._rehearse()
         self._compiles.reset()
@@ -133,6 +145,12 @@ class Runner:
             jax.config.update("jax_default_matmul_precision", "highest")
         loaded = checkpoints.load(path, mesh=mesh, dtype=dtype, progress=progress)
         return cls(config, loaded.model, loaded.spec, loaded.name, mesh, progress)
+
+    def _weights_digest(self) -> str:
+        """Of the weights themselves, where KV outlives the process; elsewhere its own weights are all there are."""
+        if self.config.cache.disk_dir is None:
+            return ""
+        return hashlib.blake2b(b"".join(np.asarray(_checksum(x)).tobytes() for x in self._leaves)).hexdigest()
 
     # --- sizes --------------------------------------------------------------------------------------------------
 
@@ -158,7 +176,7 @@ class Runner:
     def _free_bytes(self, platform: str, trial: Limits) -> int:
         """What the pool may take: programs must be compiled for its size, so a trial tells their temporaries first."""
         if platform == "cpu":
-            return min(CPU_POOL_BYTES, int(self.config.cache.memory_fraction * _available_host_bytes() / 2))
+            return min(CPU_POOL_BYTES, int(self.config.cache.memory_fraction * available_host_bytes() / 2))
         programs = Programs(self._model, self.spec, self.mesh, trial, self._backend)
         largest = programs.lower_forward(self._token_buckets[-1]), programs.lower_head(self._row_buckets[-1])
         temporaries = max(int(lowered.compile().memory_analysis().temp_size_in_bytes) for lowered in largest)
@@ -173,7 +191,7 @@ class Runner:
             f"the KV pool of {self.limits.num_blocks} blocks takes {pool_bytes / 2**30:.1f} GiB, too much here: "
             "lower --device-blocks, or leave it out to size the pool from free memory"
         )
-        if platform == "cpu" and pool_bytes > _available_host_bytes():
+        if platform == "cpu" and pool_bytes > available_host_bytes():
             raise too_much  # the system would grant it, and kill us once it is used
         try:
             self._k, self._v = self.programs.empty_pool(), self.programs.empty_pool()
@@ -252,6 +270,37 @@ class Runner:
                 self._tables[slot, have : len(blocks)] = blocks[have:]
                 self._table_len[slot] = len(blocks)
 
+    # --- blocks outside the pool, for the Transfer door ---------------------------------------------------------
+
+    @property
+    def block_sharding(self) -> NamedSharding:
+        """Of a block on the device, outside the pool."""
+        return NamedSharding(self.mesh, BLOCK_SPEC)
+
+    @property
+    def host_sharding(self) -> NamedSharding:
+        """Of a block in pinned host memory."""
+        return NamedSharding(self.mesh, BLOCK_SPEC, memory_kind="pinned_host")
+
+    @property
+    def block_bytes(self) -> int:
+        return math.prod(self.programs.block_shape()) * int(self.programs.dtype.itemsize)
+
+    def gather(self, blocks: list[int]) -> list[jax.Array]:
+        """Copies of these blocks of the pool, as the steps that are launched so far leave them."""
+        copies: list[jax.Array] = []
+        for part in _batches(blocks):
+            ids = self._send(_padded(part, self.limits.num_blocks))
+            copies += self.programs.gather(len(ids), self._k, self._v, ids)[: len(part)]
+        return copies
+
+    def scatter(self, blocks: list[int], contents: list[jax.Array]) -> None:
+        """Put contents into these blocks of the pool, before any step that is launched later."""
+        for part in _batches(list(zip(blocks, contents, strict=True))):
+            ids = self._send(_padded([block for block, _ in part], self.limits.num_blocks))
+            arrays = [array for _, array in part] + [part[0][1]] * (len(ids) - len(part))
+            self._k, self._v = self.programs.scatter(len(ids), self._k, self._v, ids, arrays)
+
     def _send(self, words: np.ndarray) -> jax.Array:
         sent: jax.Array = jax.device_put(words, self.programs.replicated)
         return sent
@@ -269,6 +318,18 @@ def table_of(reports: list[ProgramReport]) -> str:
     lines += [f"{r.name:<16}{r.compile_s:>10.2f} s{r.temp_bytes / 2**20:>10.1f} MiB" for r in reports]
     total_s = sum(r.compile_s for r in reports)
     return "\n".join([*lines, f"{len(reports)} programs {total_s:>12.2f} s of compiling, on two threads"])
+
+
+def _batches(items: list[T]) -> Iterator[list[T]]:
+    """As many at once as a program takes."""
+    for start in range(0, len(items), COPY_BUCKETS[-1]):
+        yield items[start : start + COPY_BUCKETS[-1]]
+
+
+def _padded(blocks: list[int], padding: int) -> np.ndarray:
+    ids = np.full(bucket_for(len(blocks), COPY_BUCKETS), padding, np.int32)
+    ids[: len(blocks)] = blocks
+    return ids
 
 
 # --- start-up -----------------------------------------------------------------------------------------------------
@@ -316,16 +377,13 @@ def _token_buckets(buckets: tuple[int, ...] | None, token_budget: int) -> tuple[
     return buckets
 
 
-def _available_host_bytes() -> int:
-    """Memory that could be had without swapping, within the container's limit if there is one."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if meminfo.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
-        free = 1024 * int(found[1])
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text))
-    return free
+def _fingerprint(name: str, spec: ModelSpec, dtype: str, weights: str) -> str:
+    return hashlib.blake2b(f"{name}|{spec!r}|{dtype}|{weights}".encode(), digest_size=16).hexdigest()
 
 
-def _fingerprint(name: str, spec: ModelSpec, dtype: str) -> str:
-    return hashlib.blake2b(f"{name}|{spec!r}|{dtype}".encode(), digest_size=16).hexdigest()
+@jax.jit
+def _checksum(weight: jax.Array) -> jax.Array:
+    """Two 32-bit sums over every bit, each number weighted by its place."""
+    bits = jax.lax.bitcast_convert_type(weight, jnp.dtype(f"uint{8 * weight.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.arange(weight.size, dtype=jnp.uint32).reshape(weight.shape)
+    return jnp.stack([(bits * (place * jnp.uint32(factor) + 1)).sum() for factor in (2654435762, 2246822520)])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from jserve.cache.block_keys import extend_keys
 from jserve.cache.cost import CostModel, Reach, Strategy
@@ -371,6 +371,23 @@ class TieredCache(KVCache):
     def busy(self) -> bool:
         """Whether polling will bring anything without another request."""
         return bool(self._tickets or self._unstored)
+
+    def stats(self) -> dict[str, float]:
+        tiers = {
+            "host_blocks": self.host.num_slots,
+            "host_used_blocks": len(self.host),
+            "host_evictions": self.host.evictions,
+            "host_write_back_backlog": self.host.write_back_backlog,
+            "staging_blocks": self._staged,
+            "copies_in_flight": len(self._tickets),
+        }
+        if self.disk is not None:
+            tiers["disk_blocks"] = self.disk.num_blocks
+            tiers["disk_used_blocks"] = len(self.disk)
+            tiers["disk_evictions"] = self.disk.evictions
+            tiers["disk_faults"] = self.disk.faults
+            tiers["disk_is_up"] = self.disk.is_up(self._now_s)
+        return super().stats() | tiers | asdict(self.tier_stats)
 
     def close(self) -> None:
         self.transfer.close()

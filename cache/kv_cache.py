@@ -156,5 +156,13 @@ class KVCache:
         """Whether copies are under way."""
         return False
 
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters by name: blocks and, with tiers, hits, copies and decisions."""
+        return {
+            "device_blocks": self.num_blocks,
+            "device_held_blocks": self.num_blocks - self.pool.num_free,
+            "device_cached_blocks": self.pool.num_reclaimable,
+        }
+
     def close(self) -> None:
         """Nothing is copied any more."""

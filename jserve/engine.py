@@ -117,6 +117,7 @@ class Engine:
             self._rejects += 1
             raise
         self._sequences[request.request_id] = sequence
+        self.cache.poll(self.clock.now())  # it may have slept for long
         self.scheduler.add(sequence)
 
     def _sequence(self, request: EngineRequest) -> Sequence:

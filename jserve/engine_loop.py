@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from jserve.engine import Engine
 
 
+CACHE_STAT = "cache_"
+"""What the names of the cache's own statistics begin with."""
+
+
 class Add(msgspec.Struct, tag=True):
     request: EngineRequest
 
@@ -83,7 +87,8 @@ class EngineLoop:
                 case Abort(request_id):
                     self._engine.abort(request_id)
                 case AskStats(ticket):
-                    self._send(TellStats(ticket, asdict(self._engine.stats())))
+                    cache = {f"{CACHE_STAT}{name}": float(x) for name, x in self._engine.cache.stats().items()}
+                    self._send(TellStats(ticket, asdict(self._engine.stats()) | cache))
                 case Stop():
                     return False
         if refused:

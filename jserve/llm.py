@@ -18,7 +18,19 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from jserve.chat_template import Message
 from jserve.config import EngineConfig
 from jserve.console import RichProgress
-from jserve.engine_loop import Abort, Add, AskStats, Command, EngineLoop, Event, Outputs, Stop, TellStats, failure
+from jserve.engine_loop import (
+    CACHE_STAT,
+    Abort,
+    Add,
+    AskStats,
+    Command,
+    EngineLoop,
+    Event,
+    Outputs,
+    Stop,
+    TellStats,
+    failure,
+)
 from jserve.errors import Unavailable
 from jserve.generation import Deliver, Generation, Intake
 from jserve.progress import Progress
@@ -113,6 +125,11 @@ class LLM:
     def stats(self) -> dict[str, float]:
         """The engine's counters, by the names of EngineStats."""
         return self._thread.stats()
+
+    def cache_stats(self) -> dict[str, float]:
+        """The KV cache alone, tier by tier: blocks, hits in tokens, copies, evictions, faults."""
+        stats = self._thread.stats()
+        return {name.removeprefix(CACHE_STAT): x for name, x in stats.items() if name.startswith(CACHE_STAT)}
 
     def close(self) -> None:
         """Cancel what runs and give the device back."""

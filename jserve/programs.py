@@ -189,7 +189,7 @@ class Programs:
 
     def _gather_blocks(self, count: int, k: Pool, v: Pool, ids: Array) -> list[Array]:
         def local(k: Pool, v: Pool, ids: Array) -> list[Array]:
-            return list(gather_blocks(k, v, ids, backend=self._copy_backend))
+            return list(gather_blocks(k, v, ids, backend=self.backend))
 
         pools = [POOL_SPEC] * self.spec.num_layers
         sharded: Callable[..., list[Array]] = jax.shard_map(
@@ -199,7 +199,7 @@ class Programs:
 
     def _scatter_blocks(self, k: Pool, v: Pool, ids: Array, blocks: list[Array]) -> tuple[Pool, Pool]:
         def local(k: Pool, v: Pool, ids: Array, blocks: list[Array]) -> tuple[Pool, Pool]:
-            return scatter_blocks(k, v, ids, jnp.stack(blocks), backend=self._copy_backend)
+            return scatter_blocks(k, v, ids, jnp.stack(blocks), backend=self.backend)
 
         pools = [POOL_SPEC] * self.spec.num_layers
         sharded: Callable[..., tuple[Pool, Pool]] = jax.shard_map(
@@ -210,10 +210,6 @@ class Programs:
             check_vma=False,
         )
         return sharded(k, v, ids, blocks)
-
-    @property
-    def _copy_backend(self) -> Backend:
-        return "pallas" if self.backend == "pallas" else "xla"
 
     # --- memory -------------------------------------------------------------------------------------------------
 

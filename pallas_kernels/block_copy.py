@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Int32, Shaped
 
+from jserve.pallas_kernels import native
 from jserve.pallas_kernels.backends import Backend
 from jserve.pallas_kernels.dispatch import by_platform
 
@@ -49,6 +50,8 @@ def gather_blocks(k: Pages, v: Pages, ids: Int32[Array, "n"], *, backend: Backen
         _check_addressable(k[0].shape, shape, itemsize=k[0].dtype.itemsize)
         gathered: Array = by_platform(_pallas_gather, list(k), list(v), ids)
         return gathered
+    if backend == "native":
+        return native.gather(k, v, ids)
     # clip, for jnp's own default fills with NaN, which is a pass over the result.
     pairs = ([x.at[ids].get(mode="clip") for x in pair] for pair in zip(k, v, strict=True))
     return jnp.stack([jnp.stack(pair, axis=1) for pair in pairs], axis=1)
@@ -70,6 +73,8 @@ def scatter_blocks(
         _check_addressable(k[0].shape, expected, itemsize=buffer.dtype.itemsize)
         written: tuple[list[Array], list[Array]] = by_platform(_pallas_scatter, list(k), list(v), ids, buffer)
         return written
+    if backend == "native":
+        return native.scatter(k, v, ids, buffer)
     ids = jnp.where(ids < 0, k[0].shape[0], ids)  # a negative index would count from the end
     return (
         [x.at[ids].set(buffer[:, i, 0], mode="drop") for i, x in enumerate(k)],

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jserve import cli
-from jserve.config import EngineConfig, ServerConfig
+from jserve.config import CacheConfig, EngineConfig, ServerConfig
 from jserve.settings import build, settings_of
 
 FIXTURE = Path(__file__).parent / "fixtures" / "models" / "smollm2"
@@ -47,15 +47,19 @@ def test_flags_become_the_configuration() -> None:
     flags = (
         "--model M --dtype bfloat16 --tp 3 --max-model-len 99 --block-size 8 --device-blocks 7 --memory-fraction 0.5"
     )
-    flags += " --no-prefix-cache --max-running 5 --token-budget 64 --max-waiting 6 --attention-backend xla"
+    flags += " --max-running 5 --token-budget 64 --max-waiting 6 --attention-backend xla"
+    flags += (
+        " --host-gib 2 --disk-dir /d --disk-gib 3 --staging-gib 0.5 --restore cost --eviction fifo --load-timeout 4"
+    )
     flags += " --token-buckets 16,64 --no-overlap --no-warmup --compile-cache-dir /c --port 1 --drain-timeout 2.5"
     args = vars(cli._parser().parse_args(["serve", *flags.split()]))
     engine, server = build(EngineConfig, args), build(ServerConfig, args)
     assert (engine.model, engine.dtype, engine.tp, engine.max_model_len) == ("M", "bfloat16", 3, 99)
-    assert dataclasses.astuple(engine.cache) == (8, 7, 0.5, False)
+    assert dataclasses.astuple(engine.cache) == (8, 7, 0.5, True, 2.0, "/d", 3.0, 0.5, "cost", "fifo", 4.0)
     assert dataclasses.astuple(engine.sched) == (5, 64, 6)
     assert dataclasses.astuple(engine.runner) == ("xla", (16, 64), False, False, Path("/c"))
     assert (server.port, server.drain_timeout_s) == (1, 2.5)
+    assert not build(CacheConfig, vars(cli._parser().parse_args(["serve", "--no-prefix-cache"]))).prefix_cache
 
 
 def test_without_flags_the_configuration_is_the_default() -> None:

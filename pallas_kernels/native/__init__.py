@@ -14,18 +14,20 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jaxlib.version
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Shaped
 
 from jserve.config import cache_root
 from jserve.errors import ConfigError
 from jserve.pallas_kernels.metadata import BatchMetadata
+
+Pages = Sequence[Shaped[Array, "blocks ..."]]
 
 _FOLDER = Path(__file__).parent
 _SOURCES = sorted(_FOLDER.glob("*.cc"))
@@ -38,7 +40,15 @@ _COMPILE_LIMIT_S = 300
 _ATTENTION = "jserve_paged_attention"
 _KV_WRITE = "jserve_kv_write"
 _MATMUL = "jserve_matmul"
-_SYMBOLS = {_ATTENTION: "JservePagedAttention", _KV_WRITE: "JserveKvWrite", _MATMUL: "JserveMatmul"}
+_GATHER = "jserve_gather_blocks"
+_SCATTER = "jserve_scatter_blocks"
+_SYMBOLS = {
+    _ATTENTION: "JservePagedAttention",
+    _KV_WRITE: "JserveKvWrite",
+    _MATMUL: "JserveMatmul",
+    _GATHER: "JserveGatherBlocks",
+    _SCATTER: "JserveScatterBlocks",
+}
 
 
 def attend(
@@ -74,6 +84,24 @@ def matmul(
     result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), np.float32)
     product: Array = jax.ffi.ffi_call(_MATMUL, result)(x, weight, live)
     return product
+
+
+def gather(k: Pages, v: Pages, ids: Int32[Array, "n"]) -> Shaped[Array, "n layers 2 ..."]:
+    _ensure_registered()
+    result = jax.ShapeDtypeStruct((ids.shape[0], len(k), 2, *k[0].shape[1:]), k[0].dtype)
+    buffer: Array = jax.ffi.ffi_call(_GATHER, result)(ids, *k, *v)
+    return buffer
+
+
+def scatter(
+    k: Pages, v: Pages, ids: Int32[Array, "n"], buffer: Shaped[Array, "n layers 2 ..."]
+) -> tuple[list[Array], list[Array]]:
+    _ensure_registered()
+    pools = [*k, *v]
+    aliases = {2 + i: i for i in range(len(pools))}
+    call = jax.ffi.ffi_call(_SCATTER, [jax.typeof(pool) for pool in pools], input_output_aliases=aliases)
+    written = list(call(ids, buffer, *pools))
+    return written[: len(k)], written[len(k) :]
 
 
 def unavailable() -> str | None:

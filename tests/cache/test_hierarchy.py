@@ -146,6 +146,17 @@ def test_a_restart_finds_on_disk_what_the_process_before_it_wrote() -> None:
     assert after.cached["after"] == 32
 
 
+def test_a_request_after_a_long_sleep_has_all_its_time() -> None:
+    world = World(host=14, copy_s=lambda kind, blocks: 0.1)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    world.clock.wait(3600.0)
+    world.ask("again", first)
+    assert world.cached["again"] == 32
+    assert world.cache.tier_stats.expired_waits == 0
+
+
 def test_the_disk_keeps_to_its_capacity() -> None:
     world = World(disk_blocks=9)
     for i in range(6):

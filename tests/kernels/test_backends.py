@@ -96,6 +96,11 @@ def test_caches_and_options_without_a_kernel_are_refused_at_start_up() -> None:
         check_supported("pallas", head_dim=64, dtype=jnp.bfloat16, block_size=2048)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_kernels_compile_wherever_there_is_a_compiler() -> None:
+    assert native.unavailable() is None
+
+
 def test_source_that_does_not_compile_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if problem := native.unavailable():
         pytest.skip(f"native backend: {problem}")

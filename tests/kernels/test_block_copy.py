@@ -12,12 +12,13 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jserve.pallas_kernels import native
 from jserve.pallas_kernels.backends import Backend
 from jserve.pallas_kernels.block_copy import gather_blocks, scatter_blocks
 
 LAYERS, BLOCKS = 17, 11  # more pages than a program of the kernel loads at once
 PAGE = (4, 2, 24)
-BACKENDS: list[Backend] = ["xla", "pallas"]
+BACKENDS: list[Backend] = ["xla", "pallas", *(["native"] if native.unavailable() is None else [])]  # type: ignore[list-item]
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -110,7 +111,7 @@ def test_each_device_copies_its_own_heads(backend: Backend) -> None:
     k, v = (jax.device_put(x, NamedSharding(mesh, pages)) for x in pool())
     ids = jax.device_put(jnp.array([5, 1], jnp.int32), NamedSharding(mesh, P()))
     gather, scatter = partial(gather_blocks, backend=backend), partial(scatter_blocks, backend=backend)
-    if backend == "pallas":
+    if backend != "xla":
         gather = jax.shard_map(gather, mesh=mesh, in_specs=(pages, pages, P()), out_specs=blocks, check_vma=False)
         scatter = jax.shard_map(
             scatter, mesh=mesh, in_specs=(pages, pages, P(), blocks), out_specs=(pages, pages), check_vma=False

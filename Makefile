@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint bench gpu golden proto clean
+.PHONY: help demo test lint bench a100 gpu golden proto clean
 
 help:
 	@echo "make demo    set up, then a two-turn chat with the embedded model through a real server"
 	@echo "make test    set up, then lint, type checks and all tests"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   serve real multi-turn dialogues and print throughput and latency"
+	@echo "make a100    compile for an A100 with no GPU: fits, in place, copies, collectives, registers"
 	@echo "make gpu     GPU tests and benchmarks, with the python and packages that are installed already"
 	@echo "make golden  regenerate the golden files with torch and transformers, and compare"
 	@echo "make proto   regenerate the gRPC stubs"
@@ -39,9 +40,13 @@ lint: $(VENV)/.test
 bench: $(VENV)/.run
 	$(BIN)/python -m bench.serve
 
+# JAX's CUDA plugin goes to .a100, not into the environment: there it would look for a GPU at every start of JAX.
+a100: $(VENV)/.run
+	$(BIN)/python -m bench.a100 --install --short
+
 # No virtual environment and no install: the machine brings Python, JAX for CUDA and the other packages.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m bench.gpu
+	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m bench.gpu
 
 golden:
 	$(PYTHON) -m venv .venv-golden
@@ -52,4 +57,4 @@ proto: $(VENV)/.test
 	$(BIN)/python -m jserve.server.proto.generate
 
 clean:
-	rm -rf $(VENV) .venv-golden .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-golden .a100 .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

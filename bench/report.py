@@ -85,12 +85,17 @@ def emit(result: Result, args: argparse.Namespace) -> None:
     """Print and save what was asked for."""
     document = result.document()
     if args.save is not None:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{result.bench}-{args.save or time.strftime('%Y-%m-%d')}.json"
+        path = path_of(result, args)
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(document, indent=2) + "\n")
         note(console(args), f"saved {path.relative_to(ROOT)}")
     if args.json:
         print(json.dumps(document), flush=True)
+
+
+def path_of(result: Result, args: argparse.Namespace) -> Path:
+    """Where `--save` puts it."""
+    return RESULTS / f"{result.bench}-{args.save or time.strftime('%Y-%m-%d')}.json"
 
 
 def machine() -> dict[str, Any]:

@@ -22,6 +22,7 @@ class DiskTier:
         self.evictions = 0
         self.faults = 0
         self._order = EvictionOrder(eviction)
+        self._writing = 0
         self._down_until_s = 0.0
         self._pause_s = FIRST_PAUSE_S
         for key in present:
@@ -46,21 +47,30 @@ class DiskTier:
         """An operation has succeeded."""
         self._pause_s = FIRST_PAUSE_S
 
-    def make_room(self) -> list[bytes] | None:
-        """Forget blocks until one more fits: those to delete, or None if all that are left are being read."""
+    def reserve(self) -> list[bytes] | None:
+        """Room for one more block, until `add` or `give_up`: the blocks to delete for it, which are forgotten.
+
+        None, and no room, if there is nothing to delete.
+        """
         victims = []
-        while len(self._order) >= self.num_blocks:
+        while len(self._order) + self._writing >= self.num_blocks:
             victim = self._order.pop_victim()
             if victim is None:
                 return None
             self.evictions += 1
             victims.append(victim)
+        self._writing += 1
         return victims
 
     def add(self, key: bytes, parent: bytes | None) -> None:
         """A block has been written."""
+        self._writing -= 1
         if key not in self._order:
             self._order.insert(key, parent)
+
+    def give_up(self) -> None:
+        """A block could not be written."""
+        self._writing -= 1
 
     def drop(self, key: bytes) -> None:
         if key in self._order:
@@ -68,3 +78,7 @@ class DiskTier:
 
     def use(self, chain: list[bytes]) -> None:
         self._order.touch_chain([key for key in chain if key in self._order])
+
+    def set_lookahead(self, keys: list[bytes]) -> None:
+        """As `HostTier.set_lookahead`."""
+        self._order.set_lookahead(keys)

@@ -38,6 +38,8 @@ class Restore:
     """Leading blocks that may come from below the device; the rest is computed."""
     prefill_s: float = 0.0
     """What computing the whole prompt is predicted to take: as long as it waits, it hides the reads of others."""
+    wanted: int = 0
+    """The same, had the staging region endless room."""
     deferred: bool = False
     """Whether more would be staged if the staging region had room."""
     pinned: set[bytes] = field(default_factory=set)
@@ -134,6 +136,7 @@ class TieredCache(KVCache):
         self._waiting_for: dict[bytes, list[Restore]] = {}
         self._staged = 0
         self._queued_s = 0.0
+        self._queue_changed = False
         self._now_s = 0.0
 
     # --- arrival: staging ---------------------------------------------------------------------------------------
@@ -145,6 +148,7 @@ class TieredCache(KVCache):
         # Those ahead will keep it waiting for as long as their prompts take, at the least.
         self._decide(restore, waiting, self._queued_s)
         self._queued_s += restore.prefill_s
+        self._queue_changed = True
 
     def _decide(self, restore: Restore, waiting: int, hidden_s: float) -> None:
         """How much of the prefix to restore; pin what the host has of it, and start reading what only disk has."""
@@ -157,6 +161,7 @@ class TieredCache(KVCache):
         self.tier_stats.deferred_requests += plan.deferred_disk_blocks > 0 and not restore.deferred
         self.tier_stats.recomputed_blocks += disk - restore.split - plan.deferred_disk_blocks
         restore.deferred = plan.deferred_disk_blocks > 0
+        restore.wanted = restore.split + plan.deferred_disk_blocks
         restore.deadline_s = self._now_s + self.wait_limit_s
         for i, key in enumerate(keys[: restore.split]):
             on_device = self.index.block_of(key) is not None
@@ -292,6 +297,7 @@ class TieredCache(KVCache):
             self.host.unpin(key)
         self._staged -= len(restore.staged)
         self._queued_s -= restore.prefill_s
+        self._queue_changed = True
         if restore.load_ticket is not None and restore.loaded is None:
             self.transfer.cancel(restore.load_ticket)
             del self._tickets[restore.load_ticket]
@@ -338,7 +344,7 @@ class TieredCache(KVCache):
         while room > 0 and (key := self.host.next_write_back()) is not None:
             if key in self.disk:
                 continue
-            victims = self.disk.make_room()
+            victims = self.disk.reserve()
             if victims is None:
                 self.host.write_back_again(key)
                 return
@@ -364,6 +370,7 @@ class TieredCache(KVCache):
                 case _Write(key):
                     self._written(key, completion)
         self._expire()
+        self._look_ahead()
         self._write_back()
         self._stage_deferred()
 
@@ -371,6 +378,9 @@ class TieredCache(KVCache):
     def busy(self) -> bool:
         """Whether polling will bring anything without another request."""
         return bool(self._tickets or self._unstored)
+
+    def observe_prefill(self, new: int, cached: int, seconds: float) -> None:
+        self.cost.prefill.observe(new, cached, seconds)
 
     def stats(self) -> dict[str, float]:
         tiers = {
@@ -442,6 +452,7 @@ class TieredCache(KVCache):
             self.tier_stats.written_blocks += 1
             self._observe(self.cost.disk_write.observe, end, 1)
             return
+        self.disk.give_up()
         self.tier_stats.failed_writes += 1
         self.host.write_back_again(key)
         self._fault(end.error)
@@ -487,6 +498,16 @@ class TieredCache(KVCache):
                 self.transfer.cancel(restore.load_ticket)
                 del self._tickets[restore.load_ticket]
                 restore.loaded = False
+
+    def _look_ahead(self) -> None:
+        """Tell the tiers what the queue will need, where they evict by that (CachedAttention)."""
+        if not self._queue_changed or not self.host.looks_ahead:
+            return
+        self._queue_changed = False
+        keys = [key for restore, (table, _) in self._restores.items() for key in table.keys[: restore.wanted]]
+        self.host.set_lookahead(keys)
+        if self.disk is not None:
+            self.disk.set_lookahead(keys)
 
     def _stage_deferred(self) -> None:
         for restore in list(self._restores):

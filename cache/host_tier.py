@@ -88,6 +88,10 @@ class HostTier:
         """A chain of blocks was used, head first."""
         self._order.touch_chain([key for key in chain if key in self._slot_of])
 
+    @property
+    def looks_ahead(self) -> bool:
+        return self._order.strategy == "lookahead"
+
     def set_lookahead(self, keys: list[bytes]) -> None:
         """The blocks that waiting requests need, in queue order, for eviction by look-ahead."""
         self._order.set_lookahead(keys)

@@ -156,6 +156,9 @@ class KVCache:
         """Whether copies are under way."""
         return False
 
+    def observe_prefill(self, new: int, cached: int, seconds: float) -> None:
+        """Computing `new` tokens after `cached` ones took this long, on an otherwise idle device."""
+
     def stats(self) -> dict[str, float]:
         """Gauges and counters by name: blocks and, with tiers, hits, copies and decisions."""
         return {

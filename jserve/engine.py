@@ -93,6 +93,8 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._roots: dict[str, bytes] = {}
         self._launched: tuple[StepPlan, LaunchedStep, float] | None = None
+        self._alone_since_s: float | None = None
+        """When the last step was launched, if nothing was under way then."""
         self._aborted: list[EngineOutput] = []
         self._records: deque[StepRecord] = deque(maxlen=STEP_RECORDS)
         self._finished = self._aborts = self._rejects = 0
@@ -187,11 +189,14 @@ class Engine:
         """One iteration: launch the next batch, then read the one before. Returns what is new, maybe nothing."""
         outputs, self._aborted = self._aborted, []
         previous = self._launched
-        self.cache.poll(self.clock.now())
+        start_s = self.clock.now()
+        self.cache.poll(start_s)
         self._launched = self._launch()
         self.cache.write_through()
         if previous is not None:
             outputs += self._commit(*previous)
+            self._observe(previous[0])
+        self._alone_since_s = start_s if previous is None else None
         if self._launched is not None and not self.config.runner.overlap:
             outputs += self._commit(*self._launched)
             self._launched = None
@@ -237,6 +242,12 @@ class Engine:
                     )
                 )
         return outputs
+
+    def _observe(self, plan: StepPlan) -> None:
+        """Tell the cache's cost model what a prompt took that had the device to itself."""
+        if self._alone_since_s is not None and len(plan.rows) == 1 and plan.num_tokens > 1:
+            (row,) = plan.rows
+            self.cache.observe_prefill(row.count, row.start, self.clock.now() - self._alone_since_s)
 
     # --- what it tells ------------------------------------------------------------------------------------------
 

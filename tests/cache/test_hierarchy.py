@@ -158,10 +158,12 @@ def test_a_request_after_a_long_sleep_has_all_its_time() -> None:
 
 
 def test_the_disk_keeps_to_its_capacity() -> None:
-    world = World(disk_blocks=9)
+    world = World(disk_blocks=9, copy_s=lambda kind, blocks: 0.07)
     for i in range(6):
-        world.ask(str(i), prompt_of(i, 30))
-    assert len(world.transfer.disk) <= 9
+        world.add(str(i), prompt_of(i, 30))
+    while world.engine.has_work:
+        world.step()
+        assert len(world.transfer.disk) <= 9
     assert world.cache.disk is not None
     assert set(world.transfer.disk) == set(world.cache.disk._order._entries)
 
@@ -186,6 +188,30 @@ def test_flashgen_stages_only_behind_another_request() -> None:
     world.add("again", first)
     world.run()
     assert world.cached["again"] == 32
+
+
+def test_eviction_by_look_ahead_keeps_on_disk_what_the_queue_needs() -> None:
+    def left(eviction: str) -> int:
+        world = World(host=10, disk_blocks=16, eviction=eviction, max_running=1, staging=0)
+        first = world.ask("first", prompt_of(0, 30))
+        world.ask("flood", prompt_of(4, 40))  # host and device forget the first
+        for i in range(1, 4):
+            world.add(f"other {i}", prompt_of(i, 30))
+        world.add("again", first)
+        while not world.said["other 3"]:
+            world.step()
+        restore = next(reversed(world.cache._restores.values()))
+        assert world.cache.disk is not None
+        return sum(key in world.cache.disk for key in restore[0].keys)
+
+    assert left("lookahead") > left("fifo")
+
+
+def test_prefill_times_are_observed() -> None:
+    world = World(disk_blocks=None)
+    predicted = world.cache.cost.prefill.seconds(16)
+    world.ask("first", prompt_of(0, 40))
+    assert world.cache.cost.prefill.seconds(16) != predicted
 
 
 def test_decodes_go_on_while_another_request_loads() -> None:

@@ -40,8 +40,6 @@ class Restore:
     """What computing the whole prompt is predicted to take: as long as it waits, it hides the reads of others."""
     wanted: int = 0
     """The same, had the staging region endless room."""
-    deferred: bool = False
-    """Whether more would be staged if the staging region had room."""
     pinned: set[bytes] = field(default_factory=set)
     awaited: dict[bytes, int] = field(default_factory=dict)
     """Blocks that are being read from disk, with their places in the prefix."""
@@ -133,6 +131,8 @@ class TieredCache(KVCache):
         self._tickets: dict[int, _Store | _Load | _Read | _Write] = {}
         self._unstored: deque[tuple[bytes, bytes | None, int]] = deque()  # key, parent, device block
         self._restores: dict[Restore, tuple[BlockTable, int]] = {}  # in order of arrival, with the prompt's length
+        self._timed: dict[Restore, None] = {}  # those that wait for a copy, or have waited
+        self._deferred: dict[Restore, None] = {}
         self._waiting_for: dict[bytes, list[Restore]] = {}
         self._staged = 0
         self._queued_s = 0.0
@@ -146,33 +146,44 @@ class TieredCache(KVCache):
         table.restore = restore = Restore(0, prefill_s=self.cost.prefill.seconds(len(token_ids)))
         self._restores[restore] = table, len(token_ids)
         # Those ahead will keep it waiting for as long as their prompts take, at the least.
-        self._decide(restore, waiting, self._queued_s)
+        self.tier_stats.recomputed_blocks += self._decide(restore, waiting, self._queued_s)
+        self.tier_stats.deferred_requests += restore in self._deferred
         self._queued_s += restore.prefill_s
         self._queue_changed = True
 
-    def _decide(self, restore: Restore, waiting: int, hidden_s: float) -> None:
-        """How much of the prefix to restore; pin what the host has of it, and start reading what only disk has."""
+    def _decide(self, restore: Restore, waiting: int, hidden_s: float) -> int:
+        """How much of the prefix to restore; pin what the host has of it, and start reading what only disk has.
+
+        Returns the blocks that a tier has and that will be computed again nevertheless.
+        """
         table, num_tokens = self._restores[restore]
         keys = table.keys[: self._most_blocks(num_tokens)]
         device, host, disk = self._reaches(keys)
         room = max(0, self.staging_blocks - self._staged)
         plan = self.strategy(self.cost, Reach(num_tokens, device, host, disk, waiting, hidden_s, room))
         restore.split = device + plan.load_host_blocks + plan.stage_disk_blocks
-        self.tier_stats.deferred_requests += plan.deferred_disk_blocks > 0 and not restore.deferred
-        self.tier_stats.recomputed_blocks += disk - restore.split - plan.deferred_disk_blocks
-        restore.deferred = plan.deferred_disk_blocks > 0
         restore.wanted = restore.split + plan.deferred_disk_blocks
-        restore.deadline_s = self._now_s + self.wait_limit_s
+        if plan.deferred_disk_blocks:
+            self._deferred[restore] = None
+        else:
+            self._deferred.pop(restore, None)
         for i, key in enumerate(keys[: restore.split]):
             on_device = self.index.block_of(key) is not None
             if key not in self.host and not on_device and not self._stage(restore, key, keys[i - 1] if i else None):
                 restore.split = i
-                return
+                break
             if key in self.host and key not in restore.pinned:
                 self._pin(restore, key)
             if key in self.host and not self.host.is_ready(key) and not on_device:
                 restore.awaited[key] = i
                 self._waiting_for.setdefault(key, []).append(restore)
+        if restore.awaited:
+            self._wait(restore)
+        return disk - restore.wanted
+
+    def _wait(self, restore: Restore) -> None:
+        restore.deadline_s = self._now_s + self.wait_limit_s
+        self._timed[restore] = None
 
     def _pin(self, restore: Restore, key: bytes) -> None:
         self.host.pin(key)
@@ -247,8 +258,8 @@ class TieredCache(KVCache):
             table.restore = restore = Restore(reach)
             self._restores[restore] = table, 0
         restore.device_blocks, restore.reach_blocks = places[0], reach
-        restore.deferred = False
-        restore.deadline_s = self._now_s + self.wait_limit_s
+        self._deferred.pop(restore, None)
+        self._wait(restore)
         keys = [table.keys[i] for i in places]
         for key in keys:
             if key not in restore.pinned:
@@ -291,6 +302,8 @@ class TieredCache(KVCache):
         if restore is None:
             return
         del self._restores[restore]
+        self._timed.pop(restore, None)
+        self._deferred.pop(restore, None)
         for key in list(restore.awaited):
             self._stop_waiting(restore, key)
         for key in restore.pinned:
@@ -485,9 +498,9 @@ class TieredCache(KVCache):
             self._stop_waiting(restore, key)
 
     def _expire(self) -> None:
-        for restore in list(self._restores):
-            if self._now_s < restore.deadline_s:
-                continue
+        for restore in [restore for restore in self._timed if self._now_s >= restore.deadline_s]:
+            del self._timed[restore]
+            self._deferred.pop(restore, None)  # what is slow now is not asked again
             if restore.awaited:
                 self.tier_stats.expired_waits += 1
                 restore.split = min(restore.awaited.values())
@@ -510,8 +523,8 @@ class TieredCache(KVCache):
             self.disk.set_lookahead(keys)
 
     def _stage_deferred(self) -> None:
-        for restore in list(self._restores):
+        for restore in list(self._deferred):
             if self._staged >= self.staging_blocks:
                 return
-            if restore.deferred and restore.load_ticket is None and not restore.awaited:
+            if not restore.awaited:
                 self._decide(restore, waiting=1, hidden_s=0.0)

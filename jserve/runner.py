@@ -88,7 +88,8 @@ class Runner:
         self._leaves = jax.tree.leaves(nnx.split(model)[1])
         self.weight_bytes = sum(x.nbytes for x in self._leaves)
         self._backend = choose_backend(config.runner.attention_backend, platform)
-        check_supported(self._backend, head_dim=spec.head_dim, dtype=self._leaves[0].dtype)
+        self._block_size = config.cache.block_size or (8 if platform == "cpu" else 16)
+        check_supported(self._backend, head_dim=spec.head_dim, dtype=self._leaves[0].dtype, block_size=self._block_size)
         progress.note(f"attention backend: {self._backend}" + _SLOW.get((platform, self._backend), ""))
         token_budget = config.sched.token_budget or max(config.sched.max_running, 256 if platform == "cpu" else 2048)
         self._token_buckets = _token_buckets(config.runner.token_buckets, token_budget)
@@ -156,7 +157,7 @@ class Runner:
 
     def _size(self, max_model_len: int, platform: str) -> Limits:
         """The pool's size: as told, or what is free once the largest program has its temporaries."""
-        block_size = self.config.cache.block_size or (8 if platform == "cpu" else 16)
+        block_size = self._block_size
         blocks = self.config.cache.device_blocks
         slots = self.config.sched.max_running
         per_sequence = -(-max_model_len // block_size)

@@ -262,6 +262,18 @@ def test_a_copy_that_never_ends_costs_its_deadline_and_no_more(kind: str) -> Non
     assert world.cache.pool.num_free == world.cache.num_blocks
 
 
+def test_a_deferred_request_does_not_wait_again_for_a_disk_that_is_stuck() -> None:
+    world = World(host=14, staging=3, copy_s=lambda kind, blocks: 1e9 if kind == "read" else 0.0, wait_limit_s=2.0)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    asked_s = world.clock.now()
+    world.add("again", first)
+    while not world.said["again"]:
+        world.step()
+    assert world.clock.now() - asked_s < 2.5
+
+
 @pytest.mark.parametrize("kind", ["store", "load", "read", "write"])
 def test_a_tier_that_always_fails_costs_only_its_benefit(kind: str) -> None:
     world = World(host=14, fails=lambda k: k == kind)

@@ -11,6 +11,8 @@ import pytest
 
 from jserve.pallas_kernels import Backend, kv_write, native
 
+pytestmark = pytest.mark.gpu
+
 BACKENDS: tuple[Backend, ...] = ("native", "xla", "pallas")
 
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from jserve.errors import ConfigError
 from jserve.pallas_kernels import Backend, BatchMetadata, KVScales, kv_write_quantized
 
+pytestmark = pytest.mark.gpu
+
 BACKENDS: tuple[Backend, ...] = ("xla", "pallas")
 CODES = (jnp.int8, jnp.float8_e4m3fn)
 LARGEST = {jnp.int8: 127.0, jnp.float8_e4m3fn: 448.0}

@@ -11,6 +11,8 @@ import pytest
 
 from jserve.pallas_kernels import Backend, merge_partials
 
+pytestmark = pytest.mark.gpu
+
 BACKENDS: tuple[Backend, ...] = ("xla", "pallas")
 Shape = tuple[int, int, int, int]
 

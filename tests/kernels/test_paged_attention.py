@@ -30,6 +30,8 @@ from jserve.pallas_kernels import (
 from jserve.pallas_kernels.online_softmax import Scoring
 from jserve.pallas_kernels.tiles import Tile
 
+pytestmark = pytest.mark.gpu
+
 BACKENDS: tuple[Backend, ...] = ("native", "xla", "pallas")
 WITH_OPTIONS: tuple[Backend, ...] = ("xla", "pallas")
 """Those that have lse, sliding window, soft cap and quantised caches."""

@@ -409,6 +409,20 @@ def swap_or_recompute(
     return SwapDecision(swap, swap_s, recompute_s, why + f"recompute {recompute_s:.4g} s")
 
 
+def break_even_tokens(model: CostModel, most_tokens: int, *, from_disk: bool) -> int | None:
+    """The shortest history, in whole blocks, that is sooner loaded than computed; None if none up to `most_tokens` is.
+
+    One new token is computed in either case, so that the fixed part of a step counts on both sides. Every longer
+    history is sooner loaded too: loading is linear in the length, and computing is convex.
+    """
+    for blocks in range(1, most_tokens // model.block_tokens + 1):
+        tokens = blocks * model.block_tokens
+        load_s = model.load_s(blocks) + (model.stage_s(blocks) if from_disk else 0.0)
+        if load_s + model.prefill.seconds(1, tokens) < model.prefill.seconds(tokens + 1):
+            return tokens
+    return None
+
+
 def break_even_bytes_per_s(prefill: PrefillCost, tokens: int, kv_bytes_per_token: float, fixed_s: float = 0.0) -> float:
     """The bandwidth from which loading the KV of `tokens` is quicker than computing it.
 

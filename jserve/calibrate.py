@@ -1,7 +1,7 @@
-"""Measures what the cost model needs, once for each machine and model: computing a prompt, and copying blocks.
+"""Measures what the cost model needs, once for each machine, model and disk: computing a prompt, and copying blocks.
 
 It takes a second or two, on the runner and the copies that will serve, and is kept under the cache folder. What is seen
-while serving corrects it later (`cache.cost`).
+while serving corrects it later (`cache.cost`); `jserve calibrate` measures it again.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import hashlib
 import json
 import platform
 import random
+import secrets
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from jserve.cache.block_keys import KEY_BYTES
 from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost
 from jserve.cache.cost_fit import fit_decode, fit_link, fit_prefill
 from jserve.config import EngineConfig, cache_root
@@ -29,6 +33,10 @@ if TYPE_CHECKING:
     from jserve.runner import Runner
 
 _TURNS = 3
+_DISK_BLOCKS = 16
+_DISK_TICKET = 1 << 62  # far from the hierarchy's own: an operation that hangs may end while it serves
+GUESSED_DISK = LinkCost(1e9, 1e-4)
+"""One NVMe drive, where no disk could be measured. What is seen while serving corrects it."""
 
 
 def calibrated(config: EngineConfig, runner: Runner, transfer: Transfer, progress: Progress) -> CostModel:
@@ -39,22 +47,31 @@ def calibrated(config: EngineConfig, runner: Runner, transfer: Transfer, progres
             return CostModel.from_dict(json.loads(place.read_text()))
         except (ValueError, ConfigError):
             progress.note(f"{place} is no calibration: measuring again")
+    return calibrate(config, runner, transfer, progress)
+
+
+def calibrate(config: EngineConfig, runner: Runner, transfer: Transfer, progress: Progress) -> CostModel:
+    """Measured now, whatever was before, and kept for the servers to come."""
     progress.note("measuring what computing and copying KV take here")
-    cost = measure(config, runner, transfer)
-    with publish_file(place) as file:
+    cost = measure(config, runner, transfer, progress)
+    with publish_file(_place(config, runner)) as file:
         file.write_text(json.dumps(cost.to_dict(), indent=1) + "\n")
     return cost
 
 
-def measure(config: EngineConfig, runner: Runner, transfer: Transfer) -> CostModel:
+def measure(config: EngineConfig, runner: Runner, transfer: Transfer, progress: Progress) -> CostModel:
     """Runs prompts and copies on the runner, which must not be serving. What that leaves in its pool nobody finds."""
     prefill, decode = _measure_steps(config, runner)
     to_host, to_device = _measure_links(runner, transfer)
-    # A disk is measured as it is used, from a guess: one NVMe drive.
-    disk = LinkCost(1e9, 1e-4)
+    read, write = replace(GUESSED_DISK), replace(GUESSED_DISK)
+    if config.cache.disk_dir is not None:
+        try:
+            read, write = _measure_disk(runner, transfer, config.cache.load_timeout_s)
+        except OSError as error:  # the tier goes on without it, and so do we
+            progress.note(f"the disk cannot be measured ({error}): guessing what it takes")
     block_tokens = runner.info.block_size
     return CostModel(
-        prefill, decode, to_device, to_host, disk, replace(disk), block_tokens, runner.block_bytes, blocks_per_copy=16
+        prefill, decode, to_device, to_host, read, write, block_tokens, runner.block_bytes, blocks_per_copy=16
     )
 
 
@@ -101,6 +118,35 @@ def _measure_links(runner: Runner, transfer: Transfer) -> tuple[LinkCost, LinkCo
     return fit_link(_medians(out)), fit_link(_medians(back))
 
 
+def _measure_disk(runner: Runner, transfer: Transfer, limit_s: float) -> tuple[LinkCost, LinkCost]:
+    """Reading and writing, a block an operation, as the hierarchy does. OSError if the disk fails or hangs."""
+    keys = [secrets.token_bytes(KEY_BYTES) for _ in range(_DISK_BLOCKS)]
+    transfer.store(1, [0], [0])
+    _wait(transfer)
+    try:
+        write_s = [_disk_s(transfer, partial(transfer.write, host_slot=0, key=key), limit_s) for key in keys]
+        read_s = [_disk_s(transfer, partial(transfer.read, key=key, host_slot=0), limit_s) for key in keys]
+    finally:
+        for key in keys:
+            transfer.delete(key)
+    read, write = (fit_link([(runner.block_bytes, 1, median(times_s))]) for times_s in (read_s, write_s))
+    return read, write
+
+
+def _disk_s(transfer: Transfer, start: Callable[[int], None], limit_s: float) -> float:
+    """What one operation takes on the disk."""
+    deadline_s = time.perf_counter() + limit_s
+    start(_DISK_TICKET)
+    while not (ended := transfer.poll()):
+        if time.perf_counter() > deadline_s:
+            transfer.cancel(_DISK_TICKET)
+            raise OSError(f"a block takes longer than {limit_s:g} s")
+        time.sleep(1e-5)
+    if ended[0].error is not None:
+        raise OSError(ended[0].error)
+    return ended[0].seconds
+
+
 def _wait(transfer: Transfer) -> float:
     """Until the one copy that is under way has ended; what it took."""
     while not (ended := transfer.poll()):
@@ -115,5 +161,6 @@ def _medians(samples: list[tuple[int, int, float]]) -> list[tuple[int, int, floa
 
 def _place(config: EngineConfig, runner: Runner) -> Path:
     about = (platform.node(), runner.info.backend, runner.info.model, runner.info.dtype, runner.info.block_size)
-    named = repr((*about, runner.info.token_budget, config.tp, runner.programs.block_shape()))
+    where = runner.programs.block_shape(), config.cache.disk_dir
+    named = repr((*about, runner.info.token_budget, config.tp, *where))
     return cache_root() / "calibration" / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.json"

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from jserve.interrupts import Interrupts
 from jserve.settings import Setting, build, settings_of
 
 if TYPE_CHECKING:
+    from jserve.progress import Progress
     from jserve.result import Result, ResultStream
 
 Conversation = list[dict[str, str]]
@@ -86,6 +88,74 @@ def _pull(args: argparse.Namespace) -> int:
 
     print(resolve_model(args.model, RichProgress()))
     return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from jserve.calibrate import calibrate
+    from jserve.console import RichProgress
+    from jserve.cost_report import as_json, table
+    from jserve.runner import Runner
+    from jserve.tiers import open_disk
+    from jserve.transfer import JaxTransfer
+
+    # As a server with a host tier has it; how large that is changes no cost.
+    config, progress = build(EngineConfig, vars(args) | {"host_gib": args.host_gib or 1.0}), RichProgress()
+    runner = Runner.from_config(config, progress)
+    transfer = JaxTransfer(runner, open_disk(config, runner))
+    try:
+        cost = calibrate(config, runner, transfer, progress)
+    finally:
+        transfer.close()
+    print(as_json(cost, runner.info, config) if args.json else table(cost, runner.info, config))
+    return 0
+
+
+def _export_session(args: argparse.Namespace) -> int:
+    from jserve.session import KVLayout, export_session
+    from jserve.tokenizer import Tokenizer
+
+    messages = _messages(args.messages)
+    config, progress = _session_config(args)
+    token_ids = Tokenizer.load(Path(config.model or "")).encode_chat(messages)
+    layout = KVLayout.of(config, args.directory, progress)
+    held = export_session(layout, args.directory, token_ids, args.snapshot, args.cache_salt)
+    print(f"{args.snapshot}: the KV of {held} of {len(token_ids)} tokens")
+    return 0
+
+
+def _import_session(args: argparse.Namespace) -> int:
+    from jserve.session import KVLayout, import_session
+
+    config, progress = _session_config(args)
+    layout = KVLayout.of(config, args.directory, progress)
+    held = import_session(layout, args.directory, args.snapshot, args.cache_salt)
+    print(f"{args.directory}: the KV of {held} tokens")
+    return 0
+
+
+def _session_config(args: argparse.Namespace) -> tuple[EngineConfig, Progress]:
+    """With the model's path instead of its name."""
+    from jserve.console import RichProgress
+    from jserve.pull import resolve_model
+
+    config, progress = build(EngineConfig, vars(args)), RichProgress()
+    return replace(config, model=str(resolve_model(config.model, progress))), progress
+
+
+def _messages(file: Path) -> Conversation:
+    from jserve.chat_template import check_messages
+    from jserve.errors import InvalidRequest
+
+    try:
+        messages: Conversation = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InvalidRequest(
+            f"{file} is no JSON ({error}): give a list of messages, each with role and content"
+        ) from None
+    if not isinstance(messages, list):
+        raise InvalidRequest(f"{file} holds no list: give a list of messages, each with role and content")
+    check_messages(messages)
+    return messages
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------
@@ -173,6 +243,20 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("output", type=Path, metavar="DIRECTORY", help="where to write it; must not exist")
     _add_settings(convert, "source", EngineConfig, only=("model", "dtype", "tp"))
 
+    calibrate = _command(commands, "calibrate", _calibrate, "measure what the KV tiers decide by, and keep it")
+    calibrate.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
+    _add_settings(calibrate, "engine, as for serve", EngineConfig)
+
+    session = commands.add_parser("session", help="move a conversation's KV between servers with disk tiers")
+    moves = session.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    export = _command(moves, "export", _export_session, "write a conversation's KV from a disk tier as a snapshot")
+    export.add_argument("--messages", type=Path, required=True, metavar="FILE", help="the conversation: a JSON list")
+    _add_session_flags(export, "where to write it; must not exist")
+    _add_session_flags(
+        _command(moves, "import", _import_session, "put a snapshot into a disk tier; a server finds it when it starts"),
+        "what session export wrote",
+    )
+
     pull = _command(commands, "pull", _pull, "fetch a model and print where it is")
     pull.add_argument("model", nargs="?", help="a hub id; the embedded default, SmolLM2-135M-Instruct, if left out")
     return parser
@@ -182,6 +266,16 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_session_flags(parser: argparse.ArgumentParser, snapshot: str) -> None:
+    parser.add_argument("snapshot", type=Path, metavar="SNAPSHOT", help=snapshot)
+    # not the setting disk_dir: no server is configured here
+    parser.add_argument(
+        "--disk-dir", dest="directory", required=True, metavar="DIRECTORY", help="the server's --disk-dir"
+    )
+    parser.add_argument("--cache-salt", default="", metavar="TEXT", help="the conversation's, if it has one")
+    _add_settings(parser, "model, as for serve", EngineConfig, only=("model", "dtype", "tp", "block_size"))
 
 
 def _add_settings(parser: argparse.ArgumentParser, title: str, config: type, only: tuple[str, ...] = ()) -> None:

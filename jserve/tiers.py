@@ -28,7 +28,7 @@ def build_cache(config: EngineConfig, runner: Runner, progress: Progress) -> KVC
         return KVCache(info.device_blocks, info.block_size, reuse=said.prefix_cache)
     strategy = restore_strategy(said.restore)  # a wrong name is told before anything is measured
     host_blocks = _host_blocks(said.host_gib, runner.block_bytes)
-    store = _open_disk(config, runner)
+    store = open_disk(config, runner)
     transfer = JaxTransfer(runner, store)
     disk = None
     if store is not None:
@@ -67,7 +67,8 @@ def _host_blocks(host_gib: float, block_bytes: int) -> int:
     return blocks
 
 
-def _open_disk(config: EngineConfig, runner: Runner) -> DiskStore | None:
+def open_disk(config: EngineConfig, runner: Runner) -> DiskStore | None:
+    """The store of the disk tier, if one is asked for. Raises ConfigError if it cannot be had."""
     if config.cache.disk_dir is None:
         return None
     from jserve.cache.disk_store import DiskStore

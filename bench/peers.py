@@ -23,7 +23,7 @@ from bench.closed_loop import Run, play, warm_up
 from bench.contest import Contest
 from bench.noise import Noise
 from bench.peer_systems import PEERS, LlamaCpp, Transformers, Vllm
-from bench.servers import Server, ServerError
+from bench.servers import Server, ServerError, no_survivors
 from bench.systems import Jserve, Missing, System, bench_flags
 from bench.transports import ChatError
 from bench.workload import Dialogue, Workload, WorkloadError, load
@@ -34,7 +34,11 @@ PEER_NAMES = ("vllm", "transformers", "llama_cpp_f32", "llama_cpp_q4_1")
 
 
 def main() -> int:
-    args = _arguments()
+    with no_survivors():
+        return _compare(_arguments())
+
+
+def _compare(args: argparse.Namespace) -> int:
     console = report.console(args)
     try:
         workload = load(args.dialogues, args.seed)
@@ -46,8 +50,6 @@ def main() -> int:
     except (ChatError, ServerError, WorkloadError, JserveError) as error:
         print(f"bench.peers: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     contest.show(args.concurrency, args.repeats, console)
     config = {
         "dialogues": workload.source,

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from bench import report
 from bench.closed_loop import Run, percentile, play, replay, warm_up
 from bench.noise import Noise
-from bench.servers import Server, ServerError, grpc_ready
+from bench.servers import Server, ServerError, grpc_ready, no_survivors
 from bench.systems import Jserve
 from bench.transports import ChatError, JserveTransport
 from bench.workload import Dialogue, Workload, WorkloadError, load
@@ -42,7 +42,11 @@ class Level:
 
 
 def main() -> int:
-    args = _arguments()
+    with no_survivors():
+        return _serve(_arguments())
+
+
+def _serve(args: argparse.Namespace) -> int:
     console = report.console(args)
     try:
         workload = load(args.dialogues, args.seed)
@@ -53,8 +57,6 @@ def main() -> int:
     except (ChatError, ServerError, WorkloadError) as error:
         print(f"bench.serve: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     missing = {} if "resident_over_weights_and_pool" in metrics else {"resident_over_weights_and_pool": MEMORY_UNKNOWN}
     config = {
         "dialogues": workload.source,

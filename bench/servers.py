@@ -11,9 +11,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -96,6 +97,35 @@ class Server:
 
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+
+@contextlib.contextmanager
+def no_survivors() -> Iterator[None]:
+    """Within this block Ctrl-C and SIGTERM end the benchmark (status 130, 143), and whatever it has started with it.
+
+    Without it they would leave servers behind that are paused, and so can end neither by themselves nor by a signal.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        kill_descendants()
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def kill_descendants() -> None:
+    """SIGKILL to everything below this process. First they are stopped, so that none starts another meanwhile."""
+    ours, everyone = os.getpid(), set[int]()
+    while more := family(ours) - {ours} - everyone:
+        _signal(more, signal.SIGSTOP)
+        everyone |= more
+    _signal(everyone, signal.SIGKILL)
 
 
 def free_port() -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,3 +112,35 @@ def test_the_environment_is_what_was_given_besides_ours(tmp_path: Path) -> None:
     started = Server.start("env", [sys.executable, "-c", code], lambda: bool(log.read_text()), log, {"MARK": "here"})
     started.stop()
     assert log.read_text().split() == ["here", *os.environ["PATH"].split()]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_benchmark_with_its_paused_servers_and_their_children(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    (tmp_path / "serve.py").write_text(SERVE)
+    program = f"""
+        import sys, time
+        from pathlib import Path
+        from bench.servers import Server, free_port, http_ready, no_survivors
+        with no_survivors():
+            port, log = free_port(), Path({str(tmp_path / "log")!r})
+            command = [sys.executable, {str(tmp_path / "serve.py")!r}, str(port)]
+            server = Server.start("small", command, http_ready(f"http://127.0.0.1:{{port}}"), log, timeout_s=30)
+            server.pause()
+            print(server.process.pid, log.read_text().split()[1], flush=True)
+            try:
+                time.sleep(60)
+            finally:
+                server.stop()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    benchmark = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    assert benchmark.stdout is not None
+    pids = [int(pid) for pid in benchmark.stdout.readline().split()]
+    assert len(pids) == 2
+    assert all(settles(pid, "T") for pid in pids)
+    benchmark.send_signal(number)
+    assert benchmark.wait(20) == status
+    assert all(settles(pid, "gone") for pid in pids)
+    benchmark.stdout.close()

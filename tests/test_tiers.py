@@ -29,7 +29,7 @@ BLOCK, OUTPUT = 4, 6
 @pytest.fixture(autouse=True)
 def own_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Calibrations of a model as small as this one must not stay on the machine."""
-    monkeypatch.setenv("JSERVE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setattr("jserve.calibrate.cache_root", lambda: tmp_path_factory.getbasetemp() / "cache")
 
 
 def block_gib(blocks: float) -> float:

@@ -31,6 +31,8 @@ def _opt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "tiny": _llama_2(256, 4, 8, 688),
+    # Much to compute for a token and little KV, so that loading wins even on a small CPU.
+    "wide": _llama_2(1024, 2, 8, 4096, kv_heads=2) | {"vocab_size": 4096},
     "llama-2-7b": _llama_2(4096, 32, 32, 11008),
     "llama-2-13b": _llama_2(5120, 40, 40, 13824),
     "llama-2-70b": _llama_2(8192, 80, 64, 28672, kv_heads=8),

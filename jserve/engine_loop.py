@@ -87,13 +87,18 @@ class EngineLoop:
                 case Abort(request_id):
                     self._engine.abort(request_id)
                 case AskStats(ticket):
-                    cache = {f"{CACHE_STAT}{name}": float(x) for name, x in self._engine.cache.stats().items()}
-                    self._send(TellStats(ticket, asdict(self._engine.stats()) | cache))
+                    self._send(TellStats(ticket, stats_of(self._engine)))
                 case Stop():
                     return False
         if refused:
             self._send(Outputs(refused))
         return True
+
+
+def stats_of(engine: Engine) -> dict[str, float]:
+    """The engine's counters and, with their prefix, its cache's."""
+    cache = {f"{CACHE_STAT}{name}": float(x) for name, x in engine.cache.stats().items()}
+    return asdict(engine.stats()) | cache
 
 
 def failure(request_id: str, error: JserveError) -> EngineOutput:

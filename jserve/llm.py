@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from jserve.cache_plot import CacheHistory, CachePlot, draw
 from jserve.chat_template import Message
 from jserve.config import EngineConfig
 from jserve.console import RichProgress
@@ -30,6 +31,7 @@ from jserve.engine_loop import (
     Stop,
     TellStats,
     failure,
+    stats_of,
 )
 from jserve.errors import Unavailable
 from jserve.generation import Deliver, Generation, Intake
@@ -131,6 +133,12 @@ class LLM:
         stats = self._thread.stats()
         return {name.removeprefix(CACHE_STAT): x for name, x in stats.items() if name.startswith(CACHE_STAT)}
 
+    def plot_cache(self) -> CachePlot:
+        """How full the cache's tiers were since start, and where prompts were found: a picture, for a notebook or
+        `.save("cache.png")`. Raises Unsupported without matplotlib (extra `notebook`)."""
+        history = self._thread.cache_history
+        return draw([*history.samples, history.sample(self._thread.stats())])
+
     def close(self) -> None:
         """Cancel what runs and give the device back."""
         self._thread.close()
@@ -176,6 +184,7 @@ class _EngineThread:
         self._open: dict[str, Deliver] = {}
         self._stats: dict[int, Future[dict[str, float]]] = {}
         self._tickets = itertools.count()
+        self.cache_history = CacheHistory()
         self._end: Unavailable | None = None
         self._thread = threading.Thread(target=self._run, name="jserve-engine", daemon=True)
         self._thread.start()
@@ -223,6 +232,8 @@ class _EngineThread:
                     deliver = self._open.pop(output.request_id, None) if ended else self._open.get(output.request_id)
                     if deliver is not None:
                         deliver(output)
+                if self.cache_history.is_due:
+                    self.cache_history.add(stats_of(self._engine))
             case TellStats(ticket, stats):
                 self._stats.pop(ticket).set_result(stats)
 

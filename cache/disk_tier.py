@@ -1,16 +1,39 @@
 """The disk tier: which keys are on disk, what may go, and whether the disk can be trusted at the moment.
 
-Bookkeeping alone; the files are behind the Transfer door. After a fault of the disk itself the tier is *down* for a
-while: nothing is read or written, and requests compute instead. The pause doubles with each further fault.
+Bookkeeping alone; the files are behind the Transfer door. After a fault of the disk itself it is not read, or not
+written, for a while, and requests compute instead. The pause doubles with each further fault. Reading and writing fail
+apart: a full disk can still be read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from jserve.cache.eviction import EvictionOrder
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+
+
+@dataclass(slots=True)
+class Pause:
+    """Whether one direction can be trusted at the moment."""
+
+    until_s: float = 0.0
+    next_s: float = FIRST_PAUSE_S
+
+    def is_over(self, now_s: float) -> bool:
+        return now_s >= self.until_s
+
+    def fault(self, now_s: float) -> bool:
+        """The disk has failed; returns whether it is the first time since it last worked."""
+        first = self.next_s == FIRST_PAUSE_S
+        self.until_s = now_s + self.next_s
+        self.next_s = min(2 * self.next_s, LONGEST_PAUSE_S)
+        return first
+
+    def works(self) -> None:
+        self.next_s = FIRST_PAUSE_S
 
 
 class DiskTier:
@@ -23,8 +46,7 @@ class DiskTier:
         self.faults = 0
         self._order = EvictionOrder(eviction)
         self._writing = 0
-        self._down_until_s = 0.0
-        self._pause_s = FIRST_PAUSE_S
+        self.reading, self.writing = Pause(), Pause()
         for key in present:
             self._order.insert(key)
 
@@ -33,19 +55,6 @@ class DiskTier:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._order
-
-    def is_up(self, now_s: float) -> bool:
-        return now_s >= self._down_until_s
-
-    def fault(self, now_s: float) -> None:
-        """The disk itself has failed."""
-        self.faults += 1
-        self._down_until_s = now_s + self._pause_s
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-
-    def works(self) -> None:
-        """An operation has succeeded."""
-        self._pause_s = FIRST_PAUSE_S
 
     def reserve(self) -> list[bytes] | None:
         """Room for one more block, until `add` or `give_up`: the blocks to delete for it, which are forgotten.

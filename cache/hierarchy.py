@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 
 from jserve.cache.block_keys import extend_keys
 from jserve.cache.cost import CostModel, Reach, Strategy
-from jserve.cache.disk_tier import DiskTier
+from jserve.cache.disk_tier import DiskTier, Pause
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import Admission, BlockTable, KVCache
 from jserve.cache.transfer import Completion, Transfer
@@ -96,6 +96,7 @@ class _Load:
 @dataclass(slots=True)
 class _Read:
     key: bytes
+    start_s: float
 
 
 @dataclass(slots=True)
@@ -197,7 +198,7 @@ class TieredCache(KVCache):
             host += 1
         self.host.use(keys[:host])
         reach = host
-        if self.disk is not None and self.disk.is_up(self._now_s):
+        if self.disk is not None and self.disk.reading.is_over(self._now_s):
             while reach < len(keys) and self._is_anywhere(keys[reach], self.disk):
                 reach += 1
             self.disk.use(keys[:reach])
@@ -213,7 +214,7 @@ class TieredCache(KVCache):
         restore.staged.add(key)
         self._staged += 1
         self.tier_stats.staged_blocks += 1
-        self.transfer.read(self._ticket(_Read(key)), key, slot)
+        self.transfer.read(self._ticket(_Read(key, self._now_s)), key, slot)
         return True
 
     def is_ready(self, table: BlockTable) -> bool:
@@ -325,6 +326,7 @@ class TieredCache(KVCache):
     # --- write-through ------------------------------------------------------------------------------------------
 
     def _on_published(self, table: BlockTable, i: int) -> None:
+        self._wake(table.keys[i])  # nobody needs to wait for a copy of it any more
         self._unstored.append((table.keys[i], table.keys[i - 1] if i else None, table.blocks[i]))
 
     def write_through(self) -> None:
@@ -339,7 +341,9 @@ class TieredCache(KVCache):
             key, parent, block = self._unstored.popleft()
             if key in self.host:
                 continue
-            slot = self.host.reserve(key, parent) if self.index.block_of(key) == block else None
+            # Without its parent on the host nobody could find it there.
+            wanted = self.index.block_of(key) == block and (parent is None or parent in self.host)
+            slot = self.host.reserve(key, parent) if wanted else None
             if slot is None:
                 self.tier_stats.skipped_stores += 1
                 continue
@@ -351,7 +355,7 @@ class TieredCache(KVCache):
 
     def _write_back(self) -> None:
         """Copy to disk, a few blocks at a time, what carries the write-back bit."""
-        if self.disk is None or not self.disk.is_up(self._now_s):
+        if self.disk is None or not self.disk.writing.is_over(self._now_s):
             return
         room = WRITES_IN_FLIGHT - sum(isinstance(op, _Write) for op in self._tickets.values())
         while room > 0 and (key := self.host.next_write_back()) is not None:
@@ -378,7 +382,7 @@ class TieredCache(KVCache):
                     self._stored(keys, completion)
                 case _Load(restore, blocks):
                     self._loaded(restore, blocks, completion)
-                case _Read(key):
+                case _Read(key, _):
                     self._read(key, completion)
                 case _Write(key):
                     self._written(key, completion)
@@ -409,7 +413,8 @@ class TieredCache(KVCache):
             tiers["disk_used_blocks"] = len(self.disk)
             tiers["disk_evictions"] = self.disk.evictions
             tiers["disk_faults"] = self.disk.faults
-            tiers["disk_is_up"] = self.disk.is_up(self._now_s)
+            tiers["disk_is_read"] = self.disk.reading.is_over(self._now_s)
+            tiers["disk_is_written"] = self.disk.writing.is_over(self._now_s)
         return super().stats() | tiers | asdict(self.tier_stats)
 
     def close(self) -> None:
@@ -442,17 +447,16 @@ class TieredCache(KVCache):
         assert self.disk is not None
         self.tier_stats.read_s += end.seconds
         if end.error is None:
-            self.disk.works()
+            self.disk.reading.works()
             self.host.fill(key, write_back=False)
             self.tier_stats.read_blocks += 1
             self._observe(self.cost.disk_read.observe, end, 1)
             self._wake(key)
             return
         self.tier_stats.failed_reads += 1
+        self.disk.drop(key)  # computed again, it is written again, which mends what cannot be read
         if end.device_fault:
-            self._fault(end.error)
-        else:
-            self.disk.drop(key)
+            self._fault(self.disk.reading, "read", end.error)
         self._lose(key)
 
     def _written(self, key: bytes, end: Completion) -> None:
@@ -460,7 +464,7 @@ class TieredCache(KVCache):
         self.host.unpin(key)
         self.tier_stats.write_s += end.seconds
         if end.error is None:
-            self.disk.works()
+            self.disk.writing.works()
             self.disk.add(key, self.host.parent(key))
             self.tier_stats.written_blocks += 1
             self._observe(self.cost.disk_write.observe, end, 1)
@@ -468,17 +472,19 @@ class TieredCache(KVCache):
         self.disk.give_up()
         self.tier_stats.failed_writes += 1
         self.host.write_back_again(key)
-        self._fault(end.error)
+        self._fault(self.disk.writing, "written", end.error)
 
     def _observe(self, observe: Callable[[int, int, float], None], end: Completion, copies: int) -> None:
         if end.error is None and end.seconds > 0:
             observe(end.num_bytes, copies, end.seconds)
 
-    def _fault(self, error: str) -> None:
+    def _fault(self, pause: Pause, doing: str, error: str) -> None:
         assert self.disk is not None
-        if self.disk.is_up(self._now_s):
-            self.disk.fault(self._now_s)
-            self._note(f"the disk tier is off for a while, and what only disk has is computed again: {error}")
+        if not pause.is_over(self._now_s):
+            return
+        self.disk.faults += 1
+        if pause.fault(self._now_s):
+            self._note(f"the disk tier is not {doing} for a while, and its share is computed again: {error}")
 
     def _lose(self, key: bytes) -> None:
         """A block that was on its way to the host has not come."""
@@ -498,6 +504,22 @@ class TieredCache(KVCache):
             self._stop_waiting(restore, key)
 
     def _expire(self) -> None:
+        self._expire_waits()
+        self._expire_reads()
+
+    def _expire_reads(self) -> None:
+        """A read that hangs must not keep its slot, nor make every later request wait for the same disk."""
+        if self.disk is None:
+            return
+        reads = ((ticket, op) for ticket, op in self._tickets.items() if isinstance(op, _Read))
+        for ticket, read in [(t, op) for t, op in reads if self._now_s >= op.start_s + self.wait_limit_s]:
+            self.transfer.cancel(ticket)
+            del self._tickets[ticket]
+            self.tier_stats.failed_reads += 1
+            self._fault(self.disk.reading, "read", "a read takes too long")
+            self._lose(read.key)
+
+    def _expire_waits(self) -> None:
         for restore in [restore for restore in self._timed if self._now_s >= restore.deadline_s]:
             del self._timed[restore]
             self._deferred.pop(restore, None)  # what is slow now is not asked again

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -40,6 +41,7 @@ class JaxTransfer:
         self._runner, self._disk = runner, disk
         self._slots: dict[int, Array] = {}
         self._copies: dict[int, _Copy] = {}
+        self._failed: list[Completion] = []
         self._reads: dict[int, tuple[int, np.ndarray]] = {}  # ticket: slot, buffer
         self._deletes = 0  # their tickets are negative: nobody asks for them
         self._cancelled: dict[int, np.ndarray] = {}  # reads whose buffer the disk store may still be filling
@@ -48,14 +50,20 @@ class JaxTransfer:
         def finish(arrays: list[Array]) -> None:
             self._slots.update(zip(host_slots, arrays, strict=True))
 
-        start_s = time.perf_counter()
-        gathered = self._runner.gather(blocks)
-        self._copies[ticket] = _Copy(jax.device_put(gathered, self._runner.host_sharding), finish, start_s)
+        self._start(ticket, lambda: jax.device_put(self._runner.gather(blocks), self._runner.host_sharding), finish)
 
     def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> None:
+        held = [self._slots[slot] for slot in host_slots]
+        put = partial(jax.device_put, held, self._runner.block_sharding)
+        self._start(ticket, put, lambda there: self._runner.scatter(blocks, there))
+
+    def _start(self, ticket: int, put: Callable[[], list[Array]], finish: Callable[[list[Array]], None]) -> None:
+        """Start a copy; if there is no memory for it, `poll` will say so."""
         start_s = time.perf_counter()
-        arrays = jax.device_put([self._slots[slot] for slot in host_slots], self._runner.block_sharding)
-        self._copies[ticket] = _Copy(arrays, lambda there: self._runner.scatter(blocks, there), start_s)
+        try:
+            self._copies[ticket] = _Copy(put(), finish, start_s)
+        except jax.errors.JaxRuntimeError as error:
+            self._failed.append(Completion(ticket, str(error)))
 
     def write(self, ticket: int, host_slot: int, key: bytes) -> None:
         self._the_disk.write(ticket, key, np.asarray(self._slots[host_slot]).view(np.uint8))
@@ -78,7 +86,8 @@ class JaxTransfer:
 
     def poll(self) -> list[Completion]:
         ended = [ticket for ticket, copy in self._copies.items() if _there(copy.arrays)]
-        return [self._finish(ticket) for ticket in ended] + self._poll_disk()
+        failed, self._failed = self._failed, []
+        return failed + [self._finish(ticket) for ticket in ended] + self._poll_disk()
 
     def close(self) -> None:
         self._copies.clear()
@@ -88,7 +97,7 @@ class JaxTransfer:
     def _finish(self, ticket: int) -> Completion:
         copy = self._copies.pop(ticket)
         try:
-            copy.finish(copy.arrays)
+            copy.finish(jax.block_until_ready(copy.arrays))  # they are; an error in one of them shows here
         except jax.errors.JaxRuntimeError as error:
             return Completion(ticket, str(error))
         num_bytes = len(copy.arrays) * self._runner.block_bytes
@@ -107,7 +116,10 @@ class JaxTransfer:
             if end.ticket in self._reads:
                 slot, buffer = self._reads.pop(end.ticket)
                 if error is None:
-                    self._slots[slot] = self._to_host(buffer)
+                    try:
+                        self._slots[slot] = self._to_host(buffer)
+                    except jax.errors.JaxRuntimeError as full:
+                        error = str(full)
             fault = end.outcome is Outcome.FAILED
             completions.append(Completion(end.ticket, error, fault, end.seconds, end.num_bytes))
         return completions

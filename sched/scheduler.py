@@ -101,8 +101,9 @@ class Scheduler:
         sequence = next((s for s in self.waiting if self.cache.is_ready(s.table)), None)
         while sequence is not None and (self.running or self.loading):
             victim = self._youngest()
-            fits = self._free_slots and self.cache.fits(sequence.table, sequence.tokens, spare=len(self.running))
-            if fits or victim.arrival < sequence.arrival:
+            if victim.arrival < sequence.arrival:
+                return
+            if self._free_slots and self.cache.fits(sequence.table, sequence.tokens, spare=len(self.running)):
                 return
             self._preempt(victim)
 
@@ -170,7 +171,8 @@ class Scheduler:
             sequence = self.waiting.popleft()
             if not self.cache.is_ready(sequence.table):
                 passed.append(sequence)
-            elif not self._admit_one(plan, sequence):
+            # Preempted in this very step, a token of it may still be in flight: then it waits for that.
+            elif sequence.in_flight or not self._admit_one(plan, sequence):
                 passed.append(sequence)
                 break
         self.waiting.extendleft(reversed(passed))
@@ -197,6 +199,7 @@ class Scheduler:
 
     def _start(self, plan: StepPlan, sequence: Sequence, cached: int) -> None:
         """From now on it is part of the batch; its leading `cached` tokens have their KV."""
+        assert not sequence.in_flight, "its next token would be sampled twice"
         sequence.phase = Phase.RUNNING
         sequence.num_computed = cached
         if sequence.num_cached < 0:

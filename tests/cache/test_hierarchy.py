@@ -262,6 +262,61 @@ def test_a_copy_that_never_ends_costs_its_deadline_and_no_more(kind: str) -> Non
     assert world.cache.pool.num_free == world.cache.num_blocks
 
 
+def test_a_disk_that_hangs_costs_one_request_its_time_and_no_slot() -> None:
+    world = World(host=14, copy_s=lambda kind, blocks: 1e9 if kind == "read" else 0.0, wait_limit_s=2.0)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    world.ask("again", first)
+    for i in range(1, 4):
+        asked_s = world.clock.now()
+        world.ask(f"other {i} again", prompt_of(i, 40))
+        assert world.clock.now() - asked_s < 0.5
+    assert not world.cache.host._filling
+    assert len(world.notes) == 1
+    assert not world.engine.has_work
+    world.check_nothing_is_held()
+
+
+def test_a_block_that_someone_else_has_computed_meanwhile_is_not_waited_for() -> None:
+    world = World(host=14, strategy="always", copy_s=lambda kind, blocks: 3.0 if kind == "read" else 0.0)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    world.add("waits", first)
+    world.cache.strategy = restore_strategy("never")
+    world.add("computes", first)
+    while not world.said["waits"]:
+        world.step()
+    assert not world.said["computes"] or world.cache.tier_stats.read_blocks == 0
+    world.run()
+    assert world.said["waits"] == world.said["computes"] == expected_tokens(first, 4, VOCAB)
+
+
+@pytest.mark.parametrize("device", range(12, 20))
+def test_a_request_that_gives_way_with_a_token_in_flight_says_it_once(device: int) -> None:
+    for seed in range(60):
+        rng = random.Random(seed)
+        read_s = rng.choice([0.01, 0.03, 0.1])
+        world = World(
+            host=14,
+            device=device,
+            max_running=rng.randrange(2, 5),
+            copy_s=lambda kind, blocks, read_s=read_s: read_s if kind == "read" else 0.0,  # type: ignore[misc]
+        )
+        first = world.ask("first", prompt_of(0, 30))
+        for i in range(1, 4):
+            world.ask(f"other {i}", prompt_of(i, 40))
+        prompts = {"again": first, **{str(i): prompt_of(20 + i, rng.randrange(3, 20)) for i in range(3)}}
+        for name, prompt in prompts.items():
+            world.add(name, prompt, rng.randrange(2, 13))
+            for _ in range(rng.randrange(3)):
+                world.step()
+        world.run()
+        for name, prompt in prompts.items():
+            assert world.said[name] == expected_tokens(prompt, len(world.said[name]), VOCAB), (device, seed, name)
+
+
 def test_a_deferred_request_does_not_wait_again_for_a_disk_that_is_stuck() -> None:
     world = World(host=14, staging=3, copy_s=lambda kind, blocks: 1e9 if kind == "read" else 0.0, wait_limit_s=2.0)
     first = world.ask("first", prompt_of(0, 30))
@@ -284,6 +339,19 @@ def test_a_tier_that_always_fails_costs_only_its_benefit(kind: str) -> None:
     if kind in ("read", "write"):
         assert len(world.notes) == 1
     world.check_nothing_is_held()
+
+
+def test_a_full_disk_is_still_read_and_complained_of_once() -> None:
+    full = False
+    world = World(host=14, fails=lambda kind: kind == "write" and full)
+    first = world.ask("first", prompt_of(0, 30))
+    full = True
+    for i in range(1, 8):
+        world.ask(f"other {i}", prompt_of(i, 40))
+        world.clock.wait(1.5)
+    world.ask("again", first)
+    assert world.cached["again"] == 32
+    assert len(world.notes) == 1
 
 
 def test_a_disk_that_recovers_is_used_again() -> None:

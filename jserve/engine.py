@@ -14,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from jserve.cache.block_keys import root_key
+from jserve.cache.cost import restore_strategy
 from jserve.cache.kv_cache import BlockTable, KVCache
 from jserve.config import EngineConfig
 from jserve.doors import Clock, EngineInfo, Executor, LaunchedStep, StepResult, SystemClock
@@ -106,6 +107,7 @@ class Engine:
         from jserve.runner import Runner
         from jserve.tiers import build_cache
 
+        restore_strategy(config.cache.restore)  # a wrong name is told before the model is loaded
         runner = Runner.from_config(config, progress)
         return cls(config, runner.info, runner, cache=build_cache(config, runner, progress or SilentProgress()))
 

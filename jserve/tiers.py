@@ -26,7 +26,6 @@ def build_cache(config: EngineConfig, runner: Runner, progress: Progress) -> KVC
     said, info = config.cache, runner.info
     if not said.host_gib:
         return KVCache(info.device_blocks, info.block_size, reuse=said.prefix_cache)
-    strategy = restore_strategy(said.restore)  # a wrong name is told before anything is measured
     host_blocks = _host_blocks(said.host_gib, runner.block_bytes)
     store = open_disk(config, runner)
     transfer = JaxTransfer(runner, store)
@@ -47,7 +46,7 @@ def build_cache(config: EngineConfig, runner: Runner, progress: Progress) -> KVC
         HostTier(host_blocks, said.eviction),
         disk,
         cost=calibrated(config, runner, transfer, progress),
-        strategy=strategy,
+        strategy=restore_strategy(said.restore),
         staging_blocks=min(staging, host_blocks),
         wait_limit_s=said.load_timeout_s,
         note=progress.note,

@@ -24,4 +24,11 @@ def matmul(
     """
     if backend == "native" and x.dtype == weight.dtype == dtype == jnp.float32:
         return native.matmul(x, weight, live)
+    return plain_matmul(x, weight, dtype)
+
+
+def plain_matmul(
+    x: Float[Array, "rows ins"], weight: Float[Array, "outs ins"], dtype: Any
+) -> Float[Array, "rows outs"]:
+    """x · weightᵀ as XLA does it, accumulated in at least `dtype`."""
     return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype)

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Float32, Int32
 
 from jserve.models.spec import Activation, ModelSpec, RopeSpec
+from jserve.pallas_kernels.matmul import plain_matmul
 
 Fill = Literal["normal", "ones", "zeros"]
 
@@ -73,13 +74,6 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = contract(x, self.weight[...], self.contracted, x.dtype, self.matmul)
         return y if self.bias is None else y + self.bias[...]
-
-
-def plain_matmul(
-    x: Float[Array, "rows ins"], weight: Float[Array, "outs ins"], dtype: Any
-) -> Float[Array, "rows outs"]:
-    """x · weightᵀ as XLA does it, accumulated in at least `dtype`."""
-    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 def contract(

@@ -63,6 +63,10 @@ class Executor(Protocol):
     def compiles_after_warmup(self) -> int:
         """Programs compiled while serving: 0, or something is wrong."""
 
+    @property
+    def shares_cores(self) -> bool:
+        """Whether steps run on the processor cores that run Python too, so that they slow each other down."""
+
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Start a step and return at once. The plan's sequences may change afterwards."""
 

@@ -193,6 +193,11 @@ class Engine:
         previous = self._launched
         start_s = self.clock.now()
         self.cache.poll(start_s)
+        if previous is not None and self.executor.shares_cores and _has_first_token(previous[0]):
+            self._launched = None  # the next step would slow it on its way to the user
+            outputs += self._commit(*previous)
+            self._observe(previous[0])
+            return outputs
         self._launched = self._launch()
         self.cache.write_through()
         if previous is not None:
@@ -290,6 +295,10 @@ class Engine:
             self.step()
         self.cache.close()
         self.executor.close()
+
+
+def _has_first_token(plan: StepPlan) -> bool:
+    return any(row.samples and not row.sequence.num_output for row in plan.rows)
 
 
 def _last_output(sequence: Sequence, token_ids: list[int], logprobs: Any) -> EngineOutput:

@@ -215,6 +215,10 @@ class Runner:
     def compiles_after_warmup(self) -> int:
         return self._compiles.count
 
+    @property
+    def shares_cores(self) -> bool:
+        return bool(self.mesh.devices.flat[0].platform == "cpu")
+
     def launch(self, plan: StepPlan) -> XlaStep:
         start = time.perf_counter()
         for sequence in plan.admitted:

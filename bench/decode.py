@@ -69,6 +69,10 @@ class LastPlan:
     def compiles_after_warmup(self) -> int:
         return self._executor.compiles_after_warmup
 
+    @property
+    def shares_cores(self) -> bool:
+        return self._executor.shares_cores
+
     def launch(self, plan: StepPlan) -> LaunchedStep:
         self.plan = plan
         return self._executor.launch(plan)

@@ -25,8 +25,9 @@ def draw(config: Mapping[str, Any], path: Path) -> str | None:
     axes.plot(reach, [min(x * bandwidth, rate) / 1e12 for x in reach], "k-", label="copy and product, measured")
     for name in sorted({case["by"] for case in config["cases"]}):
         cases = [case for case in config["cases"] if case["by"] == name]
-        marks = {"marker": "o", "s": 36} if name.startswith("jserve_") else {"marker": "x", "s": 24}
-        axes.scatter([c["flop_per_byte"] for c in cases], [c["tflop_per_s"] for c in cases], label=name, **marks)
+        marker, size = ("o", 36) if name.startswith("jserve_") else ("x", 24)
+        x, y = ([case[of] for case in cases] for of in ("flop_per_byte", "tflop_per_s"))
+        axes.scatter(x, y, size, marker=marker, label=name)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="TFLOP/s")
     axes.set_title(f"Paged attention, {config['backend']}, {config['sizes']} sizes")
     axes.grid(True, which="both", alpha=0.2)

@@ -23,7 +23,7 @@ from jserve.cache.block_keys import extend_keys
 from jserve.cache.cost import CostModel, Reach, Strategy
 from jserve.cache.disk_tier import DiskTier, Pause
 from jserve.cache.host_tier import HostTier
-from jserve.cache.kv_cache import Admission, BlockTable, KVCache
+from jserve.cache.kv_cache import Admission, BlockTable, KVCache, Staging
 from jserve.cache.transfer import Completion, Transfer
 
 STORES_IN_FLIGHT = 4
@@ -142,7 +142,7 @@ class TieredCache(KVCache):
 
     # --- arrival: staging ---------------------------------------------------------------------------------------
 
-    def arrive(self, table: BlockTable, token_ids: list[int], *, waiting: int) -> None:
+    def arrive(self, table: BlockTable, token_ids: list[int], *, waiting: int) -> Staging | None:
         extend_keys(table.keys, table.root, token_ids, self.block_size)
         table.restore = restore = Restore(0, prefill_s=self.cost.prefill.seconds(len(token_ids)))
         self._restores[restore] = table, len(token_ids)
@@ -151,6 +151,8 @@ class TieredCache(KVCache):
         self.tier_stats.deferred_requests += restore in self._deferred
         self._queued_s += restore.prefill_s
         self._queue_changed = True
+        deferred = restore.wanted - restore.split if restore in self._deferred else 0
+        return Staging(len(restore.awaited), deferred) if restore.awaited or deferred else None
 
     def _decide(self, restore: Restore, waiting: int, hidden_s: float) -> int:
         """How much of the prefix to restore; pin what the host has of it, and start reading what only disk has.

@@ -7,6 +7,7 @@ step writes all its KV in a layer before it reads any.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,16 @@ class Admission:
     """Leading tokens that need not be computed: whole blocks, and never all tokens of the sequence."""
     loading: bool = False
     """Whether their KV is still on its way to the device: `restored` tells when it is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """What is read from disk for a sequence that has just arrived."""
+
+    blocks: int
+    """Being read now."""
+    deferred_blocks: int
+    """To be read once the staging region has room."""
 
 
 @dataclass(slots=True)
@@ -132,10 +143,24 @@ class KVCache:
         table.blocks = []
         table.num_published = 0
 
+    def truncate(self, table: BlockTable, num_blocks: int) -> None:
+        """Give back all blocks but the first `num_blocks`: what partial preemption drops."""
+        self.pool.release(reversed(table.blocks[num_blocks:]))
+        del table.blocks[num_blocks:]
+        table.num_published = min(table.num_published, num_blocks)
+
+    def unshared(self, *tables: BlockTable) -> int:
+        """Blocks that only these tables hold: so many become free when all of them are released."""
+        if len(tables) == 1:
+            return sum(self.pool.ref_count(block) == 1 for block in tables[0].blocks)
+        holders = Counter(block for table in tables for block in table.blocks)
+        return sum(self.pool.ref_count(block) == count for block, count in holders.items())
+
     # --- what a cache with tiers below the device does more (`hierarchy.TieredCache`) --------------------------------
 
-    def arrive(self, table: BlockTable, token_ids: list[int], *, waiting: int) -> None:
-        """A sequence has joined the queue behind `waiting` others."""
+    def arrive(self, table: BlockTable, token_ids: list[int], *, waiting: int) -> Staging | None:
+        """A sequence has joined the queue behind `waiting` others. Returns what is read from disk for it, if any."""
+        return None
 
     def is_ready(self, table: BlockTable) -> bool:
         """Whether a waiting sequence should be admitted now, if it fits."""

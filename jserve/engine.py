@@ -187,8 +187,11 @@ class Engine:
         """Whether a call of `step` would do anything."""
         return self.scheduler.has_work or self._launched is not None or bool(self._aborted) or self.cache.busy
 
-    def step(self) -> list[EngineOutput]:
-        """One iteration: launch the next batch, then read the one before. Returns what is new, maybe nothing."""
+    def step(self, max_steps: int = 1) -> list[EngineOutput]:
+        """One iteration: launch the next batch, then read the one before. Returns what is new, maybe nothing.
+
+        `max_steps`: see `Scheduler.schedule`; above 1 only an executor takes it that says so.
+        """
         outputs, self._aborted = self._aborted, []
         previous = self._launched
         start_s = self.clock.now()
@@ -198,7 +201,7 @@ class Engine:
             outputs += self._commit(*previous)
             self._observe(previous[0])
             return outputs
-        self._launched = self._launch()
+        self._launched = self._launch(max_steps)
         self.cache.write_through()
         if previous is not None:
             outputs += self._commit(*previous)
@@ -211,9 +214,9 @@ class Engine:
             self.clock.wait(COPY_WAIT_S)  # only copies are under way
         return outputs
 
-    def _launch(self) -> tuple[StepPlan, LaunchedStep, float] | None:
+    def _launch(self, max_steps: int) -> tuple[StepPlan, LaunchedStep, float] | None:
         start = self.clock.now()
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(max_steps)
         if plan is None:
             return None
         schedule_s = self.clock.now() - start
@@ -237,12 +240,12 @@ class Engine:
             if sequence.phase is Phase.FINISHED:
                 del self._sequences[sequence.request_id]
                 self._finished += 1
-                outputs.append(_last_output(sequence, [news.token], logprobs))
+                outputs.append(_last_output(sequence, news.tokens, logprobs))
             else:
                 outputs.append(
                     EngineOutput(
                         request_id=sequence.request_id,
-                        token_ids=[news.token],
+                        token_ids=news.tokens,
                         logprobs=logprobs,
                         prompt_tokens=sequence.num_prompt,
                         cached_tokens=sequence.num_cached,

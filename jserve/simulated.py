@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from jserve.cache.transfer import Completion
 from jserve.doors import StepResult
-from jserve.sched.plan import StepPlan
+from jserve.sched.plan import Row, StepPlan
 
 _MASK = (1 << 64) - 1
 
@@ -69,7 +69,7 @@ class SimulatedStep:
 
 
 class SimulatedExecutor:
-    """Runs plans at launch, in launch order, as a device would; `step_s` says how long a plan takes."""
+    """Runs plans at launch, in launch order, as a device would; `step_s` says how long all steps of a plan take."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class SimulatedExecutor:
         num_blocks: int,
         block_size: int,
         vocab_size: int,
-        step_s: Callable[[StepPlan], float] = lambda plan: 0.01,
+        step_s: Callable[[StepPlan], float] = lambda plan: 0.01 * plan.steps,
         shares_cores: bool = False,
     ) -> None:
         self.clock = clock
@@ -95,21 +95,25 @@ class SimulatedExecutor:
         self.kv = []
 
     def launch(self, plan: StepPlan) -> SimulatedStep:
-        tokens = []
-        for row in plan.rows:  # every row writes before any reads, as in a layer of the real model
+        sampled: list[list[int]] = [[] for row in plan.rows if row.samples]
+        for step in range(plan.steps):
+            self._run(plan.rows, step, sampled)
+        self._busy_until_s = max(self._busy_until_s, self.clock.now()) + self._step_s(plan)
+        return SimulatedStep(self.clock, self._busy_until_s, [token for tokens in sampled for token in tokens])
+
+    def _run(self, rows: list[Row], step: int, sampled: list[list[int]]) -> None:
+        """The plan's step of this number; appends to each sampling row's tokens."""
+        for row in rows:  # every row writes before any reads, as in a layer of the real model
             sequence = row.sequence
-            for position in range(row.start, row.start + row.count):
+            for position in range(row.start + step, row.start + step + row.count):
                 known = position < len(sequence.tokens)
                 token = sequence.tokens[position] if known else self._last_token[sequence.slot]
                 before = self._read(sequence.table.blocks, position - 1) if position else 0
                 self._write(sequence.table.blocks, position, hash_prefix(before, token))
-        for row in plan.rows:
-            if row.samples:
-                attended = self._attend(row.sequence.table.blocks, row.start + row.count)
-                tokens.append(next_token(attended, self.vocab_size))
-                self._last_token[row.sequence.slot] = tokens[-1]
-        self._busy_until_s = max(self._busy_until_s, self.clock.now()) + self._step_s(plan)
-        return SimulatedStep(self.clock, self._busy_until_s, tokens)
+        for row, tokens in zip((row for row in rows if row.samples), sampled, strict=True):
+            attended = self._attend(row.sequence.table.blocks, row.start + step + row.count)
+            tokens.append(next_token(attended, self.vocab_size))
+            self._last_token[row.sequence.slot] = tokens[-1]
 
     def _read(self, blocks: list[int], position: int) -> int:
         return self.kv[blocks[position // self.block_size]][position % self.block_size]

@@ -19,19 +19,24 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import msgspec
+
 from jserve.cache.kv_cache import KVCache
+from jserve.sched.events import Event, EventKind
 from jserve.sched.plan import Row, StepPlan
 from jserve.sched.sequence import Phase, Sequence
 
+MAX_EVENTS = 65536
 
-@dataclass(slots=True)
-class Progress:
-    """News of one sequence after a step: its new token. Its phase tells whether that was the last."""
+
+class Progress(msgspec.Struct, gc=False):
+    """News of one sequence after a step: its new tokens. Its phase tells whether they were the last."""
 
     sequence: Sequence
-    token: int
+    tokens: list[int]
+    """One, or as many as the plan has steps."""
     row: int
-    """Place among the step's sampled tokens."""
+    """Place among the step's sampling rows."""
 
 
 @dataclass
@@ -66,6 +71,8 @@ class Scheduler:
         self.loading: list[Sequence] = []
         self.running: list[Sequence] = []
         self.stats = SchedStats()
+        self.events: list[Event] = []
+        """What has happened since somebody last took these out; without a reader the oldest are dropped."""
         self._free_slots = list(range(max_running - 1, -1, -1))
         self._arrivals = 0
 
@@ -77,13 +84,30 @@ class Scheduler:
         """Put a new sequence at the end of the queue."""
         self._arrivals += 1
         sequence.arrival = self._arrivals
-        self.cache.arrive(sequence.table, sequence.tokens, waiting=len(self.waiting))
+        staging = self.cache.arrive(sequence.table, sequence.tokens, waiting=len(self.waiting))
         self.waiting.append(sequence)
+        self._tell(EventKind.ARRIVED, sequence, detail=f"{len(sequence.tokens)} tokens")
+        if staging is not None and staging.blocks:
+            self._tell(EventKind.STAGING, sequence, detail=f"{staging.blocks} blocks from disk")
+        if staging is not None and staging.deferred_blocks:
+            self._tell(
+                EventKind.DEFERRED, sequence, detail=f"{staging.deferred_blocks} blocks of disk have no room yet"
+            )
+
+    def _tell(self, kind: EventKind, sequence: Sequence, by: Sequence | None = None, detail: str = "") -> None:
+        if len(self.events) >= 2 * MAX_EVENTS:
+            del self.events[:MAX_EVENTS]
+        self.events.append(Event(kind, sequence.request_id, by.request_id if by is not None else None, detail))
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def schedule(self) -> StepPlan | None:
-        """The next step, or None if nothing can run before a launched step has been committed."""
+    def schedule(self, max_steps: int = 1) -> StepPlan | None:
+        """The next step, or None if nothing can run before a launched step has been committed.
+
+        With `max_steps` above 1 (for simulations), the plan may span up to so many decode steps in which, unless a
+        request arrives or is aborted, nothing can change: none ends before the last of them, none needs another's
+        blocks, none that waits could start.
+        """
         plan = StepPlan()
         self._give_way()
         all_kept = self._plan_decodes(plan)
@@ -93,8 +117,40 @@ class Scheduler:
             self._admit(plan)
         if not plan.rows:
             return None
-        self.stats.steps += 1
+        if max_steps > 1 and all_kept:
+            self._jump(plan, max_steps)
+        self.stats.steps += plan.steps
         return plan
+
+    def _jump(self, plan: StepPlan, max_steps: int) -> None:
+        """Let a plan of decodes alone span as many steps as nothing can change in, and take the blocks for them."""
+        rows = plan.rows
+        if len(rows) != plan.num_decodes or len(rows) != len(self.running) or self.loading:
+            return
+        if self._free_slots and not all(self.cache.is_ready(sequence.table) for sequence in self.waiting):
+            return
+        sequences = [row.sequence for row in rows]
+        if any(sequence.stop_token_ids or not sequence.num_output for sequence in sequences):
+            return  # one might end at any token, or has its first one still to tell
+        # The plan's own step is counted in: num_computed is one ahead of what was computed before it.
+        steps = min(max_steps, min(s.max_tokens_total - s.num_computed for s in sequences))
+        while steps > 1 and self._blocks_missing(sequences, steps - 1) > self.cache.pool.num_free:
+            steps -= 1
+        more = steps - 1
+        if more < 1:
+            return
+        plan.steps = steps
+        for sequence in sequences:
+            sequence.num_computed += more
+            sequence.in_flight += more
+            extended = self.cache.extend(sequence.table, sequence.num_computed)
+            assert extended, "counted above"
+        self.stats.decode_tokens += more * len(sequences)
+
+    def _blocks_missing(self, sequences: list[Sequence], more: int) -> int:
+        """Blocks that these lack to compute so many more tokens each."""
+        blocks_for = self.cache.blocks_for
+        return sum(max(0, blocks_for(s.num_computed + more) - len(s.table.blocks)) for s in sequences)
 
     def _give_way(self) -> None:
         """Whoever was passed while its KV was being read takes its turn once that is there: younger ones go back."""
@@ -105,7 +161,7 @@ class Scheduler:
                 return
             if self._free_slots and self.cache.fits(sequence.table, sequence.tokens, spare=len(self.running)):
                 return
-            self._preempt(victim)
+            self._preempt(victim, sequence)
 
     def _plan_decodes(self, plan: StepPlan) -> bool:
         """One token for each running sequence that has only its newest one to compute; False if one was preempted."""
@@ -122,13 +178,14 @@ class Scheduler:
                 sequence.in_flight += 1
                 self.stats.decode_tokens += 1
             i += 1
+        plan.num_decodes = len(plan.rows)
         return self.stats.preemptions == preempted_before
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Extend the sequence's blocks, preempting the youngest while that is needed; False if that was itself."""
         while not self.cache.extend(sequence.table, num_tokens):
             victim = self._youngest()
-            self._preempt(victim)
+            self._preempt(victim, sequence)
             if victim is sequence:
                 return False
         return True
@@ -137,8 +194,9 @@ class Scheduler:
         """Of all that hold blocks."""
         return max((group[-1] for group in (self.running, self.loading) if group), key=lambda s: s.arrival)
 
-    def _preempt(self, victim: Sequence) -> None:
+    def _preempt(self, victim: Sequence, by: Sequence) -> None:
         """Take everything back from a sequence; what no tier has kept of it will be computed again."""
+        self._tell(EventKind.PREEMPTED, victim, by, f"recompute, {len(victim.table.blocks)} blocks given back")
         self._leave_device(victim)
         victim.phase = Phase.WAITING
         self.stats.preemptions += 1
@@ -183,7 +241,10 @@ class Scheduler:
         if admission is None:
             return False
         sequence.slot = self._free_slots.pop()
+        kind = EventKind.ADMITTED if sequence.num_cached < 0 else EventKind.RESUMED
+        self._tell(kind, sequence, detail=f"{admission.num_cached} of {len(sequence.tokens)} tokens are cached")
         if admission.loading:
+            self._tell(EventKind.LOADING, sequence)
             sequence.phase = Phase.LOADING
             insort(self.loading, sequence, key=_arrival)
         else:
@@ -195,6 +256,7 @@ class Scheduler:
             cached = self.cache.restored(sequence.table)
             if cached is not None:
                 self.loading.remove(sequence)
+                self._tell(EventKind.LOADED, sequence, detail=f"{cached} tokens have their KV")
                 self._start(plan, sequence, cached)
 
     def _start(self, plan: StepPlan, sequence: Sequence, cached: int) -> None:
@@ -214,23 +276,26 @@ class Scheduler:
     # --- results ------------------------------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, tokens: Seq[int]) -> list[Progress]:
-        """Take the tokens that a launched step has sampled, in the order of its sampling rows."""
+        """Take the tokens that a launched step has sampled: `plan.steps` for each sampling row, row after row."""
         news = []
+        steps = plan.steps
         for i, row in enumerate(row for row in plan.rows if row.samples):
             sequence = row.sequence
             if sequence.phase is Phase.FINISHED:
-                self.stats.overrun_tokens += 1
+                self.stats.overrun_tokens += steps
                 continue
-            token = tokens[i]
-            sequence.in_flight -= 1
-            sequence.tokens.append(token)
-            if token in sequence.stop_token_ids and sequence.num_output > sequence.sampling.min_tokens:
+            new = [*tokens[i * steps : (i + 1) * steps]]
+            if sequence.num_output == 0:
+                self._tell(EventKind.FIRST_TOKEN, sequence)
+            sequence.in_flight -= steps
+            sequence.tokens += new
+            if new[-1] in sequence.stop_token_ids and sequence.num_output > sequence.sampling.min_tokens:
                 self._finish(sequence, "stop")
             elif len(sequence.tokens) >= sequence.max_tokens_total:
                 self._finish(sequence, "length")
             elif sequence.phase is Phase.RUNNING:
                 self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
-            news.append(Progress(sequence, token, i))
+            news.append(Progress(sequence, new, i))
         return news
 
     def abort(self, sequence: Sequence) -> None:
@@ -249,6 +314,7 @@ class Scheduler:
             self._leave_device(sequence)
         sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason  # type: ignore[assignment]
+        self._tell(EventKind.FINISHED, sequence, detail=reason)
 
     def _leave_device(self, sequence: Sequence) -> None:
         """Give back blocks and slot. Safe with steps in flight: the device runs them before any that reuses these."""

@@ -172,3 +172,35 @@ class CacheMachine(RuleBasedStateMachine):
 
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestCacheMachine = CacheMachine.TestCase
+
+
+def test_truncate_drops_the_tail_alone_and_what_it_drops_stays_findable() -> None:
+    cache = KVCache(num_blocks=8, block_size=2)
+    tokens = list(range(10))
+    table = BlockTable(root_key("m"))
+    cache.admit(table, tokens)
+    cache.publish(table, tokens, 10)
+    head = table.blocks[:2]
+    cache.truncate(table, 2)
+    assert table.blocks == head
+    assert cache.pool.num_free == 6
+    assert cache.pool.num_reclaimable == 3
+    assert cache.extend(table, 10)
+    cache.publish(table, tokens, 10)
+    cache.release(table)
+    assert cache.pool.num_free == 8
+
+
+def test_unshared_counts_what_a_release_would_free() -> None:
+    cache = KVCache(num_blocks=16, block_size=2)
+    tokens = list(range(9))
+    a, b = BlockTable(root_key("m")), BlockTable(root_key("m"))
+    cache.admit(a, tokens)
+    cache.publish(a, tokens, 9)
+    cache.admit(b, tokens)
+    assert (cache.unshared(a), cache.unshared(b)) == (1, 1)
+    assert cache.unshared(a, b) == 6
+    free = cache.pool.num_free
+    cache.release(b)
+    assert cache.pool.num_free == free + 1
+    assert cache.unshared(a) == 5

@@ -1,0 +1,123 @@
+"""A production engine over the simulated executor, and workloads for it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
+from jserve.doors import EngineInfo
+from jserve.engine import Engine
+from jserve.request import EngineOutput, EngineRequest, SamplingParams
+from jserve.sched.plan import StepPlan
+from jserve.simulated import SimulatedClock, SimulatedExecutor, expected_tokens
+
+VOCAB = 97
+
+
+def make_engine(
+    blocks: int = 64,
+    block_size: int = 4,
+    max_running: int = 8,
+    budget: int = 16,
+    overlap: bool = False,
+    reuse: bool = False,
+    **sched: Any,
+) -> Engine:
+    clock = SimulatedClock()
+    executor = SimulatedExecutor(clock, blocks, block_size, VOCAB)
+    config = EngineConfig(
+        cache=CacheConfig(block_size=block_size, device_blocks=blocks, prefix_cache=reuse),
+        sched=SchedConfig(max_running=max_running, token_budget=budget, **sched),
+        runner=RunnerConfig(overlap=overlap),
+    )
+    info = EngineInfo("simulated", "simulated", VOCAB, 10_000, block_size, blocks, budget, "none", "simulated", 0, 0)
+    return Engine(config, info, executor, clock)
+
+
+def request(name: str, prompt: list[int], max_tokens: int, **more: Any) -> EngineRequest:
+    return EngineRequest(request_id=name, token_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens), **more)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request that comes once so many steps have been made."""
+
+    step: int
+    request: EngineRequest
+
+    @property
+    def answer(self) -> list[int]:
+        return expected_tokens(self.request.token_ids, self.request.sampling.max_tokens or 0, VOCAB)
+
+
+def workload(seed: int, requests: int, most_tokens: int, gap: int = 4) -> list[Arrival]:
+    """Prompts and answers of any length that fits into `most_tokens`, up to `gap` steps apart."""
+    rng = random.Random(seed)
+    arrivals, step = [], 0
+    for i in range(requests):
+        step += rng.randrange(gap + 1)
+        length = rng.randrange(1, most_tokens)
+        prompt = [rng.randrange(VOCAB) for _ in range(length)]
+        arrivals.append(Arrival(step, request(f"r{i}", prompt, rng.randrange(1, most_tokens - length + 1))))
+    return arrivals
+
+
+@dataclass
+class Run:
+    """What a workload came to."""
+
+    token_steps: dict[str, list[int]]
+    """For each request, the steps after which its tokens were told."""
+    tokens: dict[str, list[int]]
+    events: list[tuple[str, str, str | None]]
+    preemptions: int
+
+    def first(self, name: str) -> int:
+        return self.token_steps[name][0]
+
+
+def play(engine: Engine, arrivals: list[Arrival], max_steps: int = 1, limit: int = 100_000) -> Run:
+    """Until idle. With `max_steps` above 1, plans never reach past the next arrival."""
+    run = Run({}, {}, [], 0)
+    todo = sorted(arrivals, key=lambda a: a.step)
+    step = 0
+    for _ in range(limit):
+        while todo and todo[0].step <= step:
+            engine.add(todo.pop(0).request)
+        if not engine.has_work:
+            if not todo:
+                break
+            step = todo[0].step
+            continue
+        room = todo[0].step - step if todo else max_steps
+        made: list[StepPlan] = []
+        _note_plans(engine, made)
+        outputs = engine.step(max(1, min(max_steps, room)))
+        before = step
+        step += made[0].steps if made else 1
+        for output in outputs:
+            _take(run, output, before)
+        run.events += [(e.kind, e.request_id, e.by) for e in engine.scheduler.events]
+        engine.scheduler.events.clear()
+    else:
+        raise AssertionError(f"still working after {limit} steps: {engine.stats()}")
+    run.preemptions = engine.stats().preemptions
+    return run
+
+
+def _note_plans(engine: Engine, made: list[StepPlan]) -> None:
+    launch = type(engine.executor).launch
+
+    def noting(plan: StepPlan) -> Any:
+        made.append(plan)
+        return launch(engine.executor, plan)
+
+    engine.executor.launch = noting  # type: ignore[method-assign]
+
+
+def _take(run: Run, output: EngineOutput, before: int) -> None:
+    steps = run.token_steps.setdefault(output.request_id, [])
+    steps += range(before + 1, before + 1 + len(output.token_ids))
+    run.tokens.setdefault(output.request_id, []).extend(output.token_ids)

@@ -1,0 +1,60 @@
+"""The scheduler tells what happens to each request, in order, without a clock."""
+
+from __future__ import annotations
+
+from simulation import make_engine, play, request, workload
+
+from jserve.sched.scheduler import MAX_EVENTS
+
+
+def test_a_life_without_trouble() -> None:
+    engine = make_engine()
+    engine.add(request("a", [1, 2, 3], 3))
+    while engine.has_work:
+        engine.step()
+    assert [e.kind for e in engine.scheduler.events] == ["arrived", "admitted", "first_token", "finished"]
+    assert engine.scheduler.events[-1].detail == "length"
+
+
+def test_a_preempted_request_says_for_whom_and_resumes() -> None:
+    engine = make_engine(blocks=8, budget=32)
+    for name in "ab":
+        engine.add(request(name, [1, 2, 3, 4], 24))
+    while engine.has_work:
+        engine.step()
+    of_b = [e for e in engine.scheduler.events if e.request_id == "b"]
+    kinds = [e.kind for e in of_b]
+    assert kinds[:4] == ["arrived", "admitted", "first_token", "preempted"]
+    assert "resumed" in kinds
+    assert kinds[-1] == "finished"
+    assert of_b[3].by == "a"
+
+
+def test_an_abort_is_an_end_like_others() -> None:
+    engine = make_engine()
+    engine.add(request("a", [1, 2, 3], 30))
+    engine.step()
+    engine.abort("a")
+    last = engine.scheduler.events[-1]
+    assert (last.kind, last.request_id, last.detail) == ("finished", "a", "abort")
+
+
+def test_every_request_arrives_once_ends_once_and_resumes_as_often_as_it_is_preempted() -> None:
+    arrivals = workload(seed=3, requests=12, most_tokens=50)
+    run = play(make_engine(blocks=16, budget=24), arrivals)
+    assert run.preemptions > 0
+    for name in (a.request.request_id for a in arrivals):
+        kinds = [kind for kind, who, _ in run.events if who == name]
+        assert kinds[0] == "arrived"
+        assert kinds[-1] == "finished"
+        assert kinds.count("admitted") == kinds.count("first_token") == kinds.count("finished") == 1
+        assert kinds.count("resumed") == kinds.count("preempted")
+
+
+def test_nobody_reads_and_memory_stays_bounded() -> None:
+    engine = make_engine()
+    for i in range(MAX_EVENTS):
+        engine.add(request(str(i), [1], 1, cache_salt=""))
+        engine.abort(str(i))
+        engine.step()
+    assert len(engine.scheduler.events) <= 2 * MAX_EVENTS

@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -73,6 +74,9 @@ class LastPlan:
     def shares_cores(self) -> bool:
         return self._executor.shares_cores
 
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        return self._executor.phase(name)
+
     def launch(self, plan: StepPlan) -> LaunchedStep:
         self.plan = plan
         return self._executor.launch(plan)
@@ -129,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=48, help="decode steps a batch size (48)")
     parser.add_argument("--device-blocks", type=int, help="KV pool (default: from free memory)")
     parser.add_argument("--attention-backend", choices=("auto", "native", "xla", "pallas"), default="auto")
+    report.add_profile_argument(parser)
     report.add_arguments(parser)
     return parser
 
@@ -145,7 +150,7 @@ def _engine(args: argparse.Namespace, token_budget: int) -> Engine:
         model=args.model,
         cache=CacheConfig(device_blocks=args.device_blocks),
         sched=SchedConfig(max_running=max(args.batch), token_budget=token_budget if args.shape else None),
-        runner=RunnerConfig(attention_backend=args.attention_backend, token_buckets=buckets),
+        runner=RunnerConfig(attention_backend=args.attention_backend, token_buckets=buckets, profile_dir=args.profile),
     )
     if not args.shape:
         return Engine.from_config(config, RichProgress())

@@ -25,6 +25,8 @@ from bench.servers import Server, ServerError, grpc_ready, no_survivors
 from bench.systems import Jserve
 from bench.transports import ChatError, JserveTransport
 from bench.workload import Dialogue, Workload, WorkloadError, load
+from jserve.errors import ConfigError
+from jserve.profiler import read_phases, table
 
 DIALOGUES_AT_LEAST = 8
 MEMORY_UNKNOWN = "needs a server that this benchmark started, whose GetStats tells weight_bytes and pool_bytes"
@@ -54,7 +56,7 @@ def _serve(args: argparse.Namespace) -> int:
             metrics = _measure_target(args.target, workload, args, console)
         else:
             metrics = _measure_own(workload, args, console)
-    except (ChatError, ServerError, WorkloadError) as error:
+    except (ChatError, ConfigError, ServerError, WorkloadError) as error:
         print(f"bench.serve: {error}", file=sys.stderr)
         return 1
     missing = {} if "resident_over_weights_and_pool" in metrics else {"resident_over_weights_and_pool": MEMORY_UNKNOWN}
@@ -85,6 +87,8 @@ def _measure_own(workload: Workload, args: argparse.Namespace, console: Console)
             metrics = _measure_target(system.target, workload, args, console, server)
         finally:
             server.stop()
+    if args.profile:
+        report.note(console, f"profile in {args.profile}\n{table(read_phases(args.profile))}")
     report.note(console, f"ready in {first.ready_s:.1f} s, and in {server.ready_s:.1f} s with a warm compile cache")
     return {**metrics, "ready_first_s": first.ready_s, "ready_s": server.ready_s}
 
@@ -177,7 +181,8 @@ def _print(levels: list[Level], workload: Workload, console: Console) -> None:
 
 def _flags(args: argparse.Namespace) -> list[str]:
     """As users start it: what they leave out has its default, the KV pool too."""
-    return [*(["--model", args.model] if args.model else []), *args.serve_flags]
+    flags = [*(["--model", args.model] if args.model else []), *args.serve_flags]
+    return [*flags, "--profile-dir", str(args.profile)] if args.profile else flags
 
 
 def _arguments() -> argparse.Namespace:
@@ -193,8 +198,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dialogues-per-user", type=int, default=3, metavar="N", help="default 3")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of each reply, exactly (default 64)")
     parser.add_argument("serve_flags", nargs="*", metavar="-- FLAG", help="more flags of `jserve serve`")
+    report.add_profile_argument(parser)
     report.add_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.target and args.profile:
+        parser.error("--profile needs a server of its own: leave --target out, or start yours with --profile-dir")
+    return args
 
 
 if __name__ == "__main__":

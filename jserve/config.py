@@ -133,6 +133,16 @@ class RunnerConfig:
     """Compile every program before the first request."""
     compile_cache_dir: Path | None = None
     """Where compiled programs are kept between runs; None is `<cache root>/xla`."""
+    profile_dir: Path | None = None
+    """Write a JAX profiler trace of some steps there, for TensorBoard and Perfetto."""
+    profile_skip: int = 64
+    """Steps before the trace."""
+    profile_steps: int = 64
+    """Steps of the trace."""
+
+    def __post_init__(self) -> None:
+        _check(self.profile_skip >= 0, "runner.profile_skip", self.profile_skip, "use 0 or more steps")
+        _check(self.profile_steps >= 1, "runner.profile_steps", self.profile_steps, "use at least 1 step")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ scheduler and cache cannot tell which.
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,6 +67,9 @@ class Executor(Protocol):
     @property
     def shares_cores(self) -> bool:
         """Whether steps run on the processor cores that run Python too, so that they slow each other down."""
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        """What the engine does within is shown under this name where the executor is profiled."""
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Start a step and return at once. The plan's sequences may change afterwards."""

@@ -195,14 +195,16 @@ class Engine:
         outputs, self._aborted = self._aborted, []
         previous = self._launched
         start_s = self.clock.now()
-        self.cache.poll(start_s)
+        with self.executor.phase("stage"):
+            self.cache.poll(start_s)
         if previous is not None and self.executor.shares_cores and _has_first_token(previous[0]):
             self._launched = None  # the next step would slow it on its way to the user
             outputs += self._commit(*previous)
             self._observe(previous[0])
             return outputs
         self._launched = self._launch(max_steps)
-        self.cache.write_through()
+        with self.executor.phase("stage"):
+            self.cache.write_through()
         if previous is not None:
             outputs += self._commit(*previous)
             self._observe(previous[0])
@@ -216,16 +218,19 @@ class Engine:
 
     def _launch(self, max_steps: int) -> tuple[StepPlan, LaunchedStep, float] | None:
         start = self.clock.now()
-        plan = self.scheduler.schedule(max_steps)
+        with self.executor.phase("schedule"):
+            plan = self.scheduler.schedule(max_steps)
         if plan is None:
             return None
         schedule_s = self.clock.now() - start
         return plan, self.executor.launch(plan), schedule_s
 
     def _commit(self, plan: StepPlan, launched: LaunchedStep, schedule_s: float) -> list[EngineOutput]:
-        result = launched.read()
+        with self.executor.phase("wait"):
+            result = launched.read()
         start = self.clock.now()
-        outputs = self._outputs(plan, result)
+        with self.executor.phase("commit"):
+            outputs = self._outputs(plan, result)
         record = StepRecord(plan.num_tokens, len(plan.rows), schedule_s, launched.pack_s, self.clock.now() - start)
         self._records.append(record)
         return outputs

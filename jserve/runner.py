@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ from jserve.errors import ConfigError
 from jserve.host_memory import available_host_bytes
 from jserve.models.spec import ModelSpec
 from jserve.pallas_kernels.backends import check_supported, choose_backend
+from jserve.profiler import StepWindow
 from jserve.programs import BLOCK_SPEC, CompileCounter, ProgramReport, Programs
 from jserve.progress import Progress, SilentProgress
 from jserve.request import TokenLogprobs
@@ -128,6 +130,12 @@ class Runner:
             self.reports = self.programs.warm_up(self._token_buckets, self._row_buckets, copies, progress)
             progress.note(table_of(self.reports))
             self._rehearse()
+        said = config.runner
+        self._profile = (
+            StepWindow(said.profile_dir, said.profile_skip, said.profile_steps, progress.note)
+            if said.profile_dir is not None
+            else None
+        )
         self._compiles.reset()
 
     @classmethod
@@ -219,7 +227,12 @@ class Runner:
     def shares_cores(self) -> bool:
         return bool(self.mesh.devices.flat[0].platform == "cpu")
 
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        return jax.profiler.TraceAnnotation(name)
+
     def launch(self, plan: StepPlan) -> XlaStep:
+        if self._profile is not None:
+            self._profile.launch()
         start = time.perf_counter()
         for sequence in plan.admitted:
             self._admit(sequence)
@@ -229,7 +242,9 @@ class Runner:
         sampling = [row for row in plan.rows if row.samples]
         pack_s = time.perf_counter() - start
 
-        return self._launch_head(self._forward(forward_words, tokens), sampling, pack_s)
+        with self.phase("forward"):
+            hidden = self._forward(forward_words, tokens)
+        return self._launch_head(hidden, sampling, pack_s)
 
     def _forward(self, words: np.ndarray, tokens: int) -> jax.Array:
         hidden, self._k, self._v = self.programs.forward(
@@ -249,7 +264,8 @@ class Runner:
         words = pack_head(sampling, self._slot_flags, rows, self.limits)
         wanted = [row.sequence.sampling.logprobs for row in sampling]
         pack_s += time.perf_counter() - start
-        sampled = self._head(hidden, words, rows)
+        with self.phase("sample"):
+            sampled = self._head(hidden, words, rows)
         for array in sampled if any(n is not None for n in wanted) else sampled[:1]:
             array.copy_to_host_async()
         return XlaStep(sampled, wanted, pack_s)
@@ -312,6 +328,8 @@ class Runner:
 
     def close(self) -> None:
         """Free the device memory."""
+        if self._profile is not None:
+            self._profile.close()
         self._compiles.close()
         for array in (*self._k, *self._v, *self._leaves, *self._state):
             array.delete()

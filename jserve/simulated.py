@@ -8,6 +8,7 @@ wrong, stale or shared-too-early block gives a wrong token, just as on a device,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from jserve.cache.transfer import Completion
@@ -15,6 +16,7 @@ from jserve.doors import StepResult
 from jserve.sched.plan import Row, StepPlan
 
 _MASK = (1 << 64) - 1
+_NO_PHASE = nullcontext()
 
 
 class SimulatedClock:
@@ -90,6 +92,9 @@ class SimulatedExecutor:
         self._last_token: dict[int, int] = {}
 
     compiles_after_warmup = 0
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        return _NO_PHASE
 
     def close(self) -> None:
         self.kv = []

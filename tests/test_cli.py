@@ -52,12 +52,13 @@ def test_flags_become_the_configuration() -> None:
         " --host-gib 2 --disk-dir /d --disk-gib 3 --staging-gib 0.5 --restore cost --eviction fifo --load-timeout 4"
     )
     flags += " --token-buckets 16,64 --no-overlap --no-warmup --compile-cache-dir /c --port 1 --drain-timeout 2.5"
+    flags += " --profile-dir /p --profile-skip 7 --profile-steps 8"
     args = vars(cli._parser().parse_args(["serve", *flags.split()]))
     engine, server = build(EngineConfig, args), build(ServerConfig, args)
     assert (engine.model, engine.dtype, engine.tp, engine.max_model_len) == ("M", "bfloat16", 3, 99)
     assert dataclasses.astuple(engine.cache) == (8, 7, 0.5, True, 2.0, "/d", 3.0, 0.5, "cost", "fifo", 4.0)
     assert dataclasses.astuple(engine.sched) == (5, 64, 6)
-    assert dataclasses.astuple(engine.runner) == ("xla", (16, 64), False, False, Path("/c"))
+    assert dataclasses.astuple(engine.runner) == ("xla", (16, 64), False, False, Path("/c"), Path("/p"), 7, 8)
     assert (server.port, server.drain_timeout_s) == (1, 2.5)
     assert not build(CacheConfig, vars(cli._parser().parse_args(["serve", "--no-prefix-cache"]))).prefix_cache
 

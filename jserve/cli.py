@@ -68,6 +68,23 @@ def _chat(args: argparse.Namespace) -> int:
     return 0
 
 
+def _explain(args: argparse.Namespace) -> int:
+    from jserve.explain import as_json, explained, listing, save_trace
+    from jserve.server.client import Client
+
+    with Client(args.target) as client:
+        history = client.history(args.request_id, timeout_s=args.timeout)
+    if args.trace is not None:
+        save_trace(history, args.trace)
+    if args.json:
+        print(as_json(history))
+    elif args.trace is not None:
+        print(args.trace)
+    else:
+        print(listing(history) if args.request_id is None else explained(history))
+    return 0
+
+
 def _convert(args: argparse.Namespace) -> int:
     from jserve import checkpoints
     from jserve.console import RichProgress
@@ -202,6 +219,7 @@ def _show(stream: ResultStream, as_json: bool) -> Result:
             print(flush=True)
         answer = stream.result()
     numbers = {
+        "request_id": answer.request_id,
         "prompt_tokens": answer.prompt_tokens,
         "cached_tokens": answer.cached_tokens,
         "output_tokens": answer.output_tokens,
@@ -238,6 +256,18 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
     chat.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer; repeat it for more")
     _add_settings(chat, "engine (without --target)", EngineConfig)
+
+    explain = _command(commands, "explain", _explain, "tell what happened to a request of a running server, and why")
+    explain.add_argument(
+        "request_id", nargs="?", metavar="REQUEST_ID", help="as chat tells it; all that are remembered, if left out"
+    )
+    target = f"localhost:{_DEFAULT_PORT}"
+    explain.add_argument("--target", default=target, metavar="HOST:PORT", help=f"the server (default: {target})")
+    explain.add_argument("--json", action="store_true", help="one line of JSON, with the steps of that time")
+    explain.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev or chrome://tracing"
+    )
+    explain.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="for the answer (default: 10)")
 
     convert = _command(commands, "convert", _convert, "write a model as a checkpoint that loads fast onto any mesh")
     convert.add_argument("output", type=Path, metavar="DIRECTORY", help="where to write it; must not exist")

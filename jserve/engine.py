@@ -8,7 +8,6 @@ that the device never waits for Python.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -20,31 +19,17 @@ from jserve.config import EngineConfig
 from jserve.doors import Clock, EngineInfo, Executor, LaunchedStep, StepResult, SystemClock
 from jserve.errors import InvalidRequest, Overloaded
 from jserve.request import MAX_STOP_IDS, EngineOutput, EngineRequest
+from jserve.sched.events import Event, EventKind
 from jserve.sched.plan import StepPlan
 from jserve.sched.scheduler import Scheduler
 from jserve.sched.sequence import Phase, Sequence
+from jserve.timeline import History, StepRecord, Timelines
 
 if TYPE_CHECKING:
     from jserve.progress import Progress
 
-STEP_RECORDS = 1024
 COPY_WAIT_S = 0.0005
 CLOSE_LIMIT_S = 10.0
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One step, for `stats()`. Host time is what the device may have to wait for: schedule, pack and commit."""
-
-    num_tokens: int
-    num_rows: int
-    schedule_s: float
-    pack_s: float
-    commit_s: float
-
-    @property
-    def host_s(self) -> float:
-        return self.schedule_s + self.pack_s + self.commit_s
 
 
 @dataclass(frozen=True)
@@ -93,11 +78,12 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_running=config.sched.max_running, token_budget=info.token_budget)
         self._sequences: dict[str, Sequence] = {}
         self._roots: dict[str, bytes] = {}
-        self._launched: tuple[StepPlan, LaunchedStep, float] | None = None
+        self._launched: tuple[StepPlan, LaunchedStep, float, float] | None = None
+        """With when it was planned, and how long that took."""
         self._alone_since_s: float | None = None
         """When the last step was launched, if nothing was under way then."""
         self._aborted: list[EngineOutput] = []
-        self._records: deque[StepRecord] = deque(maxlen=STEP_RECORDS)
+        self.timelines = Timelines()
         self._finished = self._aborts = self._rejects = 0
 
     @classmethod
@@ -117,12 +103,17 @@ class Engine:
         """Queue a request. Raises InvalidRequest if it can never run, Overloaded if the queue is full."""
         try:
             sequence = self._sequence(request)
-        except (InvalidRequest, Overloaded):
+        except (InvalidRequest, Overloaded) as error:
             self._rejects += 1
+            if request.request_id not in self._sequences:
+                rejected = Event(EventKind.REJECTED, request.request_id, detail=str(error))
+                self.timelines.record([rejected], self.clock.now())
             raise
         self._sequences[request.request_id] = sequence
-        self.cache.poll(self.clock.now())  # it may have slept for long
+        now_s = self.clock.now()
+        self.cache.poll(now_s)  # it may have slept for long
         self.scheduler.add(sequence)
+        self._note_events(now_s)
 
     def _sequence(self, request: EngineRequest) -> Sequence:
         prompt, limit = request.token_ids, self.max_total_tokens
@@ -177,6 +168,7 @@ class Engine:
         if sequence is None:
             return
         self.scheduler.abort(sequence)
+        self._note_events(self.clock.now())
         self._aborts += 1
         self._aborted.append(_last_output(sequence, [], None))
 
@@ -216,24 +208,49 @@ class Engine:
             self.clock.wait(COPY_WAIT_S)  # only copies are under way
         return outputs
 
-    def _launch(self, max_steps: int) -> tuple[StepPlan, LaunchedStep, float] | None:
-        start = self.clock.now()
+    def _launch(self, max_steps: int) -> tuple[StepPlan, LaunchedStep, float, float] | None:
+        start_s = self.clock.now()
         with self.executor.phase("schedule"):
             plan = self.scheduler.schedule(max_steps)
+        self._note_events(start_s)
         if plan is None:
             return None
-        schedule_s = self.clock.now() - start
-        return plan, self.executor.launch(plan), schedule_s
+        schedule_s = self.clock.now() - start_s
+        return plan, self.executor.launch(plan), start_s, schedule_s
 
-    def _commit(self, plan: StepPlan, launched: LaunchedStep, schedule_s: float) -> list[EngineOutput]:
+    def _commit(
+        self, plan: StepPlan, launched: LaunchedStep, launched_s: float, schedule_s: float
+    ) -> list[EngineOutput]:
         with self.executor.phase("wait"):
             result = launched.read()
-        start = self.clock.now()
+        start_s = self.clock.now()
         with self.executor.phase("commit"):
             outputs = self._outputs(plan, result)
-        record = StepRecord(plan.num_tokens, len(plan.rows), schedule_s, launched.pack_s, self.clock.now() - start)
-        self._records.append(record)
+            self._note_events(start_s)
+        end_s = self.clock.now()
+        self.timelines.steps.append(
+            StepRecord(
+                launched_s=launched_s,
+                committed_s=end_s,
+                num_tokens=plan.num_tokens,
+                num_rows=len(plan.rows),
+                num_decodes=plan.num_decodes,
+                running=len(self.scheduler.running),
+                waiting=len(self.scheduler.waiting),
+                free_blocks=self.cache.pool.num_free,
+                schedule_s=schedule_s,
+                pack_s=launched.pack_s,
+                commit_s=end_s - start_s,
+                steps=plan.steps,
+            )
+        )
         return outputs
+
+    def _note_events(self, now_s: float) -> None:
+        """Give the time to what the scheduler has told since the last call."""
+        if self.scheduler.events:
+            events, self.scheduler.events = self.scheduler.events, []
+            self.timelines.record(events, now_s)
 
     def _outputs(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
         outputs = []
@@ -284,15 +301,19 @@ class Engine:
             requests_finished=self._finished,
             requests_aborted=self._aborts,
             requests_rejected=self._rejects,
-            host_step_ms_p50=1e3 * median([r.host_s for r in self._records]) if self._records else 0.0,
+            host_step_ms_p50=1e3 * median([r.host_s for r in steps]) if (steps := self.timelines.steps) else 0.0,
             compiles_after_warmup=self.executor.compiles_after_warmup,
             weight_bytes=self.info.weight_bytes,
             pool_bytes=self.info.pool_bytes,
         )
 
     def step_records(self) -> list[StepRecord]:
-        """The last steps, oldest first, at most STEP_RECORDS."""
-        return list(self._records)
+        """The last steps, oldest first."""
+        return list(self.timelines.steps)
+
+    def history(self, request_id: str | None = None) -> History:
+        """What has happened to a request, or to all that are remembered. Raises NotFound."""
+        return self.timelines.tell(request_id, self.clock.now())
 
     def close(self) -> None:
         """End every request and give the device back."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
-from jserve.errors import JserveError
+from jserve.errors import JserveError, NotFound
 from jserve.request import EngineOutput, EngineRequest
+from jserve.timeline import History
 
 if TYPE_CHECKING:
     from jserve.engine import Engine
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 CACHE_STAT = "cache_"
 """What the names of the cache's own statistics begin with."""
+EVENT_STAT = "events_"
+"""What the counters of the requests' events begin with."""
 
 
 class Add(msgspec.Struct, tag=True):
@@ -35,11 +38,18 @@ class AskStats(msgspec.Struct, tag=True):
     ticket: int
 
 
+class AskHistory(msgspec.Struct, tag=True):
+    """What has happened to this request, or to all that are remembered."""
+
+    ticket: int
+    request_id: str | None = None
+
+
 class Stop(msgspec.Struct, tag=True):
     """End every request and return."""
 
 
-Command: TypeAlias = Add | Abort | AskStats | Stop
+Command: TypeAlias = Add | Abort | AskStats | AskHistory | Stop
 
 
 class Outputs(msgspec.Struct, tag=True):
@@ -53,7 +63,14 @@ class TellStats(msgspec.Struct, tag=True):
     stats: dict[str, float]
 
 
-Event: TypeAlias = Outputs | TellStats
+class TellHistory(msgspec.Struct, tag=True):
+    ticket: int
+    history: History | None
+    """None if the request is not remembered; `problem` says so."""
+    problem: str = ""
+
+
+Event: TypeAlias = Outputs | TellStats | TellHistory
 
 
 class EngineLoop:
@@ -88,17 +105,26 @@ class EngineLoop:
                     self._engine.abort(request_id)
                 case AskStats(ticket):
                     self._send(TellStats(ticket, stats_of(self._engine)))
+                case AskHistory(ticket, request_id):
+                    self._send(self._history(ticket, request_id))
                 case Stop():
                     return False
         if refused:
             self._send(Outputs(refused))
         return True
 
+    def _history(self, ticket: int, request_id: str | None) -> TellHistory:
+        try:
+            return TellHistory(ticket, self._engine.history(request_id))
+        except NotFound as error:
+            return TellHistory(ticket, None, str(error))
+
 
 def stats_of(engine: Engine) -> dict[str, float]:
-    """The engine's counters and, with their prefix, its cache's."""
+    """The engine's counters and, with their prefixes, its cache's and those of what happened to requests."""
     cache = {f"{CACHE_STAT}{name}": float(x) for name, x in engine.cache.stats().items()}
-    return asdict(engine.stats()) | cache
+    events = {f"{EVENT_STAT}{kind}": float(count) for kind, count in engine.timelines.counts.items()}
+    return asdict(engine.stats()) | cache | events
 
 
 def failure(request_id: str, error: JserveError) -> EngineOutput:

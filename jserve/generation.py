@@ -22,12 +22,16 @@ from jserve.result import Chunk, Usage
 from jserve.tokenizer import Tokenizer
 
 MAX_SALT_CHARS = 1024
+MAX_ID_CHARS = 128
 
 Deliver = Callable[[EngineOutput], None]
 
 
 class EnginePort(Protocol):
-    """The engine as front-ends see it. Neither call waits; a refusal comes back as an output with an error."""
+    """The engine as front-ends see it. No call waits; a refusal comes back as an output with an error."""
+
+    def is_open(self, request_id: str) -> bool:
+        """Whether a request of this name is under way."""
 
     def add(self, request: EngineRequest, deliver: Deliver) -> None:
         """Queue a request; every output of it goes to `deliver`, until its last."""
@@ -85,11 +89,21 @@ class Intake:
             raise InvalidRequest(f"cache_salt has {len(cache_salt)} characters: use at most {MAX_SALT_CHARS}")
 
     def generation(
-        self, port: EnginePort, deliver: Deliver, prompt: list[int], sampling: SamplingParams, cache_salt: str = ""
+        self,
+        port: EnginePort,
+        deliver: Deliver,
+        prompt: list[int],
+        sampling: SamplingParams,
+        cache_salt: str = "",
+        request_id: str | None = None,
     ) -> Generation:
-        """Checked, and not yet started. Whether the prompt fits is for the engine, which knows its limits."""
+        """Checked, and not yet started. Whether the prompt fits is for the engine, which knows its limits.
+
+        `request_id`: what the caller calls it, for `explain`; drawn if None.
+        """
         self.check(sampling, cache_salt)
-        return Generation(port, deliver, self.tokenizer, prompt, sampling, cache_salt)
+        name = new_request_id() if request_id is None else _checked_id(request_id)
+        return Generation(port, deliver, self.tokenizer, prompt, sampling, cache_salt, name)
 
     def _check_chars(self, chars: int) -> None:
         if chars > self._max_chars:
@@ -114,12 +128,14 @@ class Generation:
         prompt: list[int],
         sampling: SamplingParams,
         cache_salt: str,
+        request_id: str,
     ) -> None:
+        self.request_id = request_id
         self._port = port
         self._deliver = deliver
         self._prompt_tokens = len(prompt)
         self._cached_tokens = 0
-        requests = _engine_requests(prompt, sampling, cache_salt, tokenizer.eos_token_ids)
+        requests = _engine_requests(request_id, prompt, sampling, cache_salt, tokenizer.eos_token_ids)
         self._continuations = {
             request.request_id: _Continuation(index, request, sampling, tokenizer)
             for index, request in enumerate(requests)
@@ -127,6 +143,9 @@ class Generation:
         self._not_started = list(self._continuations.values())
 
     def start(self) -> None:
+        """Raises InvalidRequest if its name is in use."""
+        if taken := next((name for name in self._continuations if self._port.is_open(name)), None):
+            raise InvalidRequest(f"request id {taken!r} is in use: choose another, or leave it out")
         self._add(self._not_started.pop(0))
 
     @property
@@ -217,16 +236,29 @@ class _Continuation:
             self.done = True
 
 
+def new_request_id() -> str:
+    """One that nobody else draws."""
+    return uuid.uuid4().hex
+
+
+def _checked_id(request_id: str) -> str:
+    """Printable, so that a log or a shell can hold it; a slash sets off the continuations' numbers."""
+    if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID_CHARS:
+        raise InvalidRequest(f"request_id is {request_id!r}: use 1 to {MAX_ID_CHARS} characters, or leave it out")
+    if "/" in request_id or " " in request_id or not (request_id.isascii() and request_id.isprintable()):
+        raise InvalidRequest(f"request_id is {request_id!r}: use ASCII letters, digits and signs, but no space or /")
+    return request_id
+
+
 def _engine_requests(
-    prompt: list[int], sampling: SamplingParams, cache_salt: str, eos_token_ids: Sequence[int]
+    name: str, prompt: list[int], sampling: SamplingParams, cache_salt: str, eos_token_ids: Sequence[int]
 ) -> list[EngineRequest]:
-    """One for each continuation: the same prompt, and a seed of its own."""
+    """One for each continuation: the same prompt, a seed of its own, and if there are several a number in its name."""
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
     ends = sorted({*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)})
-    name = uuid.uuid4().hex
     return [
         EngineRequest(
-            request_id=f"{name}-{index}",
+            request_id=name if sampling.n == 1 else f"{name}/{index}",
             token_ids=prompt,
             sampling=msgspec.structs.replace(sampling, n=1, seed=_wrap_int64(seed + index), stop=()),
             stop_token_ids=ends,

@@ -10,8 +10,9 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -23,23 +24,27 @@ from jserve.engine_loop import (
     CACHE_STAT,
     Abort,
     Add,
+    AskHistory,
     AskStats,
     Command,
     EngineLoop,
     Event,
     Outputs,
     Stop,
+    TellHistory,
     TellStats,
     failure,
     stats_of,
 )
-from jserve.errors import Unavailable
+from jserve.errors import NotFound, Unavailable
+from jserve.explain import explained, save_trace
 from jserve.generation import Deliver, Generation, Intake
 from jserve.progress import Progress
 from jserve.pull import resolve_model
 from jserve.request import EngineOutput, EngineRequest, SamplingParams
 from jserve.result import Chunk, Result, ResultStream, Usage
 from jserve.settings import engine_config
+from jserve.timeline import History
 from jserve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -93,36 +98,72 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: Sequence[Message], *, stream: Literal[True], cache_salt: str = "", **sampling: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[True],
+        cache_salt: str = "",
+        request_id: str | None = None,
+        **sampling: Any,
     ) -> ResultStream: ...
 
     @overload
     def chat(
-        self, messages: Sequence[Message], *, stream: Literal[False] = False, cache_salt: str = "", **sampling: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        cache_salt: str = "",
+        request_id: str | None = None,
+        **sampling: Any,
     ) -> Result: ...
 
     def chat(
-        self, messages: Sequence[Message], *, stream: bool = False, cache_salt: str = "", **sampling: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: bool = False,
+        cache_salt: str = "",
+        request_id: str | None = None,
+        **sampling: Any,
     ) -> Result | ResultStream:
-        """The assistant's next message."""
-        return self._run(self._intake.of_messages(messages), stream, cache_salt, sampling)
+        """The assistant's next message. `request_id`: what `explain` shall know it by."""
+        return self._run(self._intake.of_messages(messages), stream, cache_salt, request_id, sampling)
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int], *, stream: Literal[True], cache_salt: str = "", **sampling: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        stream: Literal[True],
+        cache_salt: str = "",
+        request_id: str | None = None,
+        **sampling: Any,
     ) -> ResultStream: ...
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, cache_salt: str = "", **sampling: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        stream: Literal[False] = False,
+        cache_salt: str = "",
+        request_id: str | None = None,
+        **sampling: Any,
     ) -> Result: ...
 
     def generate(
-        self, prompt: str | Sequence[int], *, stream: bool = False, cache_salt: str = "", **sampling: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        stream: bool = False,
+        cache_salt: str = "",
+        request_id: str | None = None,
+        **sampling: Any,
     ) -> Result | ResultStream:
-        """What follows a text, or token ids."""
+        """What follows a text, or token ids. `request_id`: what `explain` shall know it by."""
         token_ids = self._intake.of_text(prompt) if isinstance(prompt, str) else self._intake.of_token_ids(prompt)
-        return self._run(token_ids, stream, cache_salt, sampling)
+        return self._run(token_ids, stream, cache_salt, request_id, sampling)
 
     def stats(self) -> dict[str, float]:
         """The engine's counters, by the names of EngineStats."""
@@ -139,6 +180,21 @@ class LLM:
         history = self._thread.cache_history
         return draw([*history.samples, history.sample(self._thread.stats())])
 
+    def history(self, request_id: str | None = None) -> History:
+        """What has happened to a request, or to all that are remembered, and the steps of that time.
+
+        Raises NotFound for a request that is not remembered.
+        """
+        return self._thread.history(request_id)
+
+    def explain(self, request_id: str) -> str:
+        """The same of one request as text: `print(llm.explain(answer.request_id))`."""
+        return explained(self.history(request_id))
+
+    def save_trace(self, path: str | Path, request_id: str | None = None) -> None:
+        """The same as a file for ui.perfetto.dev or chrome://tracing: a track for each request, one for the steps."""
+        save_trace(self.history(request_id), path)
+
     def close(self) -> None:
         """Cancel what runs and give the device back."""
         self._thread.close()
@@ -151,12 +207,14 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _run(self, prompt: list[int], stream: bool, cache_salt: str, sampling: dict[str, Any]) -> Result | ResultStream:
+    def _run(
+        self, prompt: list[int], stream: bool, cache_salt: str, request_id: str | None, sampling: dict[str, Any]
+    ) -> Result | ResultStream:
         outputs: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
         params = SamplingParams.of(sampling)
-        generation = self._intake.generation(self._thread, outputs.put, prompt, params, cache_salt)
+        generation = self._intake.generation(self._thread, outputs.put, prompt, params, cache_salt, request_id)
         generation.start()
-        answer = ResultStream(self._events(generation, outputs), generation.close)
+        answer = ResultStream(self._events(generation, outputs), generation.close, generation.request_id)
         if stream:
             return answer
         with answer:  # an interrupt cancels it
@@ -182,12 +240,15 @@ class _EngineThread:
         self._engine = engine
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._open: dict[str, Deliver] = {}
-        self._stats: dict[int, Future[dict[str, float]]] = {}
+        self._asked: dict[int, Future[Any]] = {}
         self._tickets = itertools.count()
         self.cache_history = CacheHistory()
         self._end: Unavailable | None = None
         self._thread = threading.Thread(target=self._run, name="jserve-engine", daemon=True)
         self._thread.start()
+
+    def is_open(self, request_id: str) -> bool:
+        return request_id in self._open
 
     def add(self, request: EngineRequest, deliver: Deliver) -> None:
         self._open[request.request_id] = deliver
@@ -199,9 +260,18 @@ class _EngineThread:
             self._commands.put(Abort(request_id))
 
     def stats(self) -> dict[str, float]:
+        told: dict[str, float] = self._ask(AskStats)
+        return told
+
+    def history(self, request_id: str | None) -> History:
+        told: History = self._ask(lambda ticket: AskHistory(ticket, request_id))
+        return told
+
+    def _ask(self, question: Callable[[int], Command]) -> Any:
         ticket = next(self._tickets)
-        answer = self._stats[ticket] = Future()
-        self._commands.put(AskStats(ticket))
+        answer: Future[Any] = Future()
+        self._asked[ticket] = answer
+        self._commands.put(question(ticket))
         self._release_if_ended()
         return answer.result()
 
@@ -235,7 +305,11 @@ class _EngineThread:
                 if self.cache_history.is_due:
                     self.cache_history.add(stats_of(self._engine))
             case TellStats(ticket, stats):
-                self._stats.pop(ticket).set_result(stats)
+                self._asked.pop(ticket).set_result(stats)
+            case TellHistory(ticket, None, problem):
+                self._asked.pop(ticket).set_exception(NotFound(problem))
+            case TellHistory(ticket, history, _):
+                self._asked.pop(ticket).set_result(history)
 
     def _release_if_ended(self) -> None:
         """After the end nobody may wait for it, not even who came just then."""
@@ -244,6 +318,6 @@ class _EngineThread:
         for request_id in list(self._open):
             if (deliver := self._open.pop(request_id, None)) is not None:
                 deliver(failure(request_id, self._end))
-        for ticket in list(self._stats):
-            if (answer := self._stats.pop(ticket, None)) is not None:
+        for ticket in list(self._asked):
+            if (answer := self._asked.pop(ticket, None)) is not None:
                 answer.set_exception(self._end)

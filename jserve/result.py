@@ -60,6 +60,8 @@ class Result:
 
     choices: list[Choice]
     usage: Usage
+    request_id: str
+    """For `explain`."""
     ttft_s: float
     """From the call to the first token, as the caller saw it."""
     duration_s: float
@@ -96,7 +98,8 @@ class Result:
 class ResultStream(Iterator[Chunk]):
     """An answer under way: iterate over its chunks, then ask for `result()`. Leaving it early cancels it."""
 
-    def __init__(self, events: Iterator[Chunk | Usage], cancel: Callable[[], None]) -> None:
+    def __init__(self, events: Iterator[Chunk | Usage], cancel: Callable[[], None], request_id: str) -> None:
+        self.request_id = request_id
         self._events = events
         self._cancel = cancel
         self._choices: dict[int, Choice] = {}
@@ -122,7 +125,7 @@ class ResultStream(Iterator[Chunk]):
         if self._usage is None:
             raise Unavailable("the stream was closed before its end: ask again, and read it to the end")
         choices = [self._choices[index] for index in sorted(self._choices)]
-        return Result(choices, self._usage, self._ttft_s, self._duration_s)
+        return Result(choices, self._usage, self.request_id, self._ttft_s, self._duration_s)
 
     def close(self) -> None:
         """Cancel what is still to come. Harmless at the end."""

@@ -11,12 +11,14 @@ import grpc
 
 from jserve.chat_template import Message, check_messages
 from jserve.errors import InvalidRequest
+from jserve.generation import new_request_id
 from jserve.request import SamplingParams
 from jserve.result import Chunk, Result, ResultStream, Usage
 from jserve.server import convert
 from jserve.server.proto.jserve.v1 import jserve_pb2 as pb
 from jserve.server.proto.jserve.v1 import jserve_pb2_grpc as pb_grpc
 from jserve.server.status import error_of
+from jserve.timeline import History
 
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ class Client:
     """Safe to share between threads; each call has its own stream.
 
     `timeout_s` is the request's deadline. Sampling parameters are the fields of `SamplingParams`, by name. `session_id`
-    is a hint that goes to the server, which does not use it yet.
+    is a hint that goes to the server, which does not use it yet. `request_id` is what `history` shall know it by.
     """
 
     def __init__(self, target: str) -> None:
@@ -62,6 +64,7 @@ class Client:
         timeout_s: float | None = None,
         session_id: str | None = None,
         cache_salt: str | None = None,
+        request_id: str | None = None,
         model: str | None = None,
         **sampling: Any,
     ) -> ResultStream: ...
@@ -75,6 +78,7 @@ class Client:
         timeout_s: float | None = None,
         session_id: str | None = None,
         cache_salt: str | None = None,
+        request_id: str | None = None,
         model: str | None = None,
         **sampling: Any,
     ) -> Result: ...
@@ -87,6 +91,7 @@ class Client:
         timeout_s: float | None = None,
         session_id: str | None = None,
         cache_salt: str | None = None,
+        request_id: str | None = None,
         model: str | None = None,
         **sampling: Any,
     ) -> Result | ResultStream:
@@ -98,9 +103,10 @@ class Client:
             sampling=_sampling(sampling),
             session_id=session_id,
             cache_salt=cache_salt,
+            request_id=(name := new_request_id() if request_id is None else request_id),
             model=model,
         )
-        return self._run(self._stub.Chat(request, timeout=timeout_s), stream)
+        return self._run(self._stub.Chat(request, timeout=timeout_s), stream, name)
 
     @overload
     def generate(
@@ -111,6 +117,7 @@ class Client:
         timeout_s: float | None = None,
         session_id: str | None = None,
         cache_salt: str | None = None,
+        request_id: str | None = None,
         model: str | None = None,
         **sampling: Any,
     ) -> ResultStream: ...
@@ -124,6 +131,7 @@ class Client:
         timeout_s: float | None = None,
         session_id: str | None = None,
         cache_salt: str | None = None,
+        request_id: str | None = None,
         model: str | None = None,
         **sampling: Any,
     ) -> Result: ...
@@ -136,6 +144,7 @@ class Client:
         timeout_s: float | None = None,
         session_id: str | None = None,
         cache_salt: str | None = None,
+        request_id: str | None = None,
         model: str | None = None,
         **sampling: Any,
     ) -> Result | ResultStream:
@@ -146,9 +155,10 @@ class Client:
             sampling=_sampling(sampling),
             session_id=session_id,
             cache_salt=cache_salt,
+            request_id=(name := new_request_id() if request_id is None else request_id),
             model=model,
         )
-        return self._run(self._stub.Generate(request, timeout=timeout_s), stream)
+        return self._run(self._stub.Generate(request, timeout=timeout_s), stream, name)
 
     def tokenize(self, prompt: str | Sequence[Message], *, timeout_s: float | None = None) -> list[int]:
         """The token ids of a text, or of a conversation through the chat template."""
@@ -168,6 +178,14 @@ class Client:
         """The engine's counters, by the names of EngineStats."""
         return dict(_call(self._stub.GetStats, pb.GetStatsRequest(), timeout_s).stats)
 
+    def history(self, request_id: str | None = None, *, timeout_s: float | None = None) -> History:
+        """What has happened to a request, or to all that are remembered, and the steps of that time.
+
+        Raises NotFound for a request that is not remembered. `jserve.explain` has ways to show it.
+        """
+        request = _message(pb.ExplainRequest, request_id=request_id)
+        return convert.history_from_pb(_call(self._stub.Explain, request, timeout_s))
+
     def close(self) -> None:
         """Ends every call under way."""
         self._channel.close()
@@ -180,8 +198,8 @@ class Client:
     ) -> None:
         self.close()
 
-    def _run(self, call: Any, stream: bool) -> Result | ResultStream:
-        answer = ResultStream(_events(call), call.cancel)
+    def _run(self, call: Any, stream: bool, request_id: str) -> Result | ResultStream:
+        answer = ResultStream(_events(call), call.cancel, request_id)
         if stream:
             return answer
         with answer:  # an interrupt cancels it

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from jserve.errors import InvalidRequest
 from jserve.request import FinishReason, SamplingParams, TokenLogprobs
 from jserve.result import Chunk, Usage
 from jserve.server.proto.jserve.v1 import jserve_pb2 as pb
+from jserve.timeline import History, Moment, StepRecord, Timeline
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A request may have so many; parsing a larger one would hold up every stream."""
@@ -70,12 +73,43 @@ def chunk_from_pb(message: pb.Chunk) -> Chunk:
     return Chunk(message.index, message.text, list(message.token_ids), logprobs, finish, stopped_by)
 
 
-def usage_to_pb(usage: Usage) -> pb.GenerateResponse:
+def usage_to_pb(usage: Usage, request_id: str) -> pb.GenerateResponse:
     counts = pb.Usage(
         prompt_tokens=usage.prompt_tokens, cached_tokens=usage.cached_tokens, output_tokens=usage.output_tokens
     )
-    return pb.GenerateResponse(complete=pb.Complete(usage=counts))
+    return pb.GenerateResponse(complete=pb.Complete(usage=counts, request_id=request_id))
 
 
 def usage_from_pb(message: pb.Usage) -> Usage:
     return Usage(message.prompt_tokens, message.cached_tokens, message.output_tokens)
+
+
+def history_to_pb(history: History) -> pb.ExplainResponse:
+    """Field by field: the messages have the names of the structs."""
+    return pb.ExplainResponse(
+        now_s=history.now_s,
+        timelines=[
+            pb.Timeline(
+                request_id=timeline.request_id,
+                moments=[pb.Moment(**msgspec.structs.asdict(moment)) for moment in timeline.moments],
+                forgotten=timeline.forgotten,
+            )
+            for timeline in history.timelines
+        ],
+        steps=[pb.Step(**msgspec.structs.asdict(step)) for step in history.steps],
+    )
+
+
+def history_from_pb(message: pb.ExplainResponse) -> History:
+    return History(
+        message.now_s,
+        [
+            Timeline(
+                timeline.request_id,
+                [Moment(m.time_s, m.kind, m.by if m.HasField("by") else None, m.detail) for m in timeline.moments],
+                timeline.forgotten,
+            )
+            for timeline in message.timelines
+        ],
+        [StepRecord(*(getattr(step, name) for name in StepRecord.__struct_fields__)) for step in message.steps],
+    )

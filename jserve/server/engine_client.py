@@ -14,6 +14,8 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -21,12 +23,24 @@ import zmq.asyncio
 from jserve import errors
 from jserve.config import EngineConfig
 from jserve.doors import EngineInfo
-from jserve.engine_loop import Abort, Add, AskStats, Command, Outputs, Stop, TellStats, failure
-from jserve.errors import JserveError, Unavailable
+from jserve.engine_loop import (
+    Abort,
+    Add,
+    AskHistory,
+    AskStats,
+    Command,
+    Outputs,
+    Stop,
+    TellHistory,
+    TellStats,
+    failure,
+)
+from jserve.errors import JserveError, NotFound, Unavailable
 from jserve.generation import Deliver
 from jserve.request import EngineRequest
 from jserve.server import wire
 from jserve.server.wire import Failed, Ready
+from jserve.timeline import History
 
 REAL_ENGINE = "jserve.engine:Engine.from_config"
 _LAST_WORDS_S = 0.5
@@ -40,7 +54,8 @@ class EngineClient:
         self._process = process
         self._pipes = pipes
         self._open: dict[str, Deliver] = {}
-        self._stats: dict[int, asyncio.Future[dict[str, float]]] = {}
+        self._asked: dict[int, asyncio.Future[Any]] = {}
+        """By ticket, what the engine is to tell."""
         self._tickets = itertools.count()
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = loop.create_future()
@@ -83,6 +98,9 @@ class EngineClient:
 
     # --- EnginePort -------------------------------------------------------------------------------------------------
 
+    def is_open(self, request_id: str) -> bool:
+        return request_id in self._open
+
     def add(self, request: EngineRequest, deliver: Deliver) -> None:
         if self.death.done():
             deliver(failure(request.request_id, self.death.result()))
@@ -98,16 +116,25 @@ class EngineClient:
 
     async def stats(self) -> dict[str, float]:
         """The engine's EngineStats, after the step that it is in."""
+        told: dict[str, float] = await self._ask(AskStats)
+        return told
+
+    async def history(self, request_id: str | None = None) -> History:
+        """What has happened to a request, or to all that are remembered. Raises NotFound."""
+        told: History = await self._ask(lambda ticket: AskHistory(ticket, request_id))
+        return told
+
+    async def _ask(self, question: Callable[[int], Command]) -> Any:
         if self.death.done():
             raise self.death.result()
         ticket = next(self._tickets)
-        answer: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
-        self._stats[ticket] = answer
-        self._tell(AskStats(ticket))
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._asked[ticket] = answer
+        self._tell(question(ticket))
         try:
             return await answer
         finally:
-            del self._stats[ticket]
+            del self._asked[ticket]
 
     def cancel_all(self, error: JserveError) -> None:
         """End every request with an error: here for their callers, there for the engine."""
@@ -158,12 +185,21 @@ class EngineClient:
                         del self._open[output.request_id]
                     deliver(output)
             case TellStats(ticket, stats):
-                if (answer := self._stats.get(ticket)) and not answer.done():  # done: whoever asked was cancelled
-                    answer.set_result(stats)
+                self._answer(ticket, stats)
+            case TellHistory(ticket, history, problem):
+                self._answer(ticket, NotFound(problem) if history is None else history)
             case Ready(info):
                 self._ready.set_result(info)
             case Failed(kind, message):
                 self._last_words = getattr(errors, kind, Unavailable)(message)
+
+    def _answer(self, ticket: int, told: Any) -> None:
+        if (answer := self._asked.get(ticket)) is None or answer.done():  # done: whoever asked was cancelled
+            return
+        if isinstance(told, JserveError):
+            answer.set_exception(told)
+        else:
+            answer.set_result(told)
 
     async def _watch(self) -> None:
         code = await self._process.wait()
@@ -187,7 +223,7 @@ class EngineClient:
         if not self._ready.done():
             self._ready.set_exception(error)
             self._ready.exception()  # asked for, so that asyncio does not complain where nobody waits
-        for future in self._stats.values():
+        for future in self._asked.values():
             if not future.done():
                 future.set_exception(error)
         open_, self._open = self._open, {}

@@ -101,6 +101,13 @@ class JserveServicer(pb_grpc.JserveServicer):
 
         return await self._answer(context, answer())
 
+    async def Explain(self, request: pb.ExplainRequest, context: grpc.aio.ServicerContext) -> pb.ExplainResponse:
+        async def answer() -> pb.ExplainResponse:
+            name = request.request_id if request.HasField("request_id") else None
+            return convert.history_to_pb(await self._serving().engine.history(name))
+
+        return await self._answer(context, answer())
+
     # --- admission --------------------------------------------------------------------------------------------------
 
     def _serving(self) -> Serving:
@@ -143,7 +150,14 @@ class JserveServicer(pb_grpc.JserveServicer):
         with self._places(sampling.n, intake.max_open):
             token_ids = await prompt(intake)
             outputs: asyncio.Queue[EngineOutput] = asyncio.Queue()
-            generation = intake.generation(serving.engine, outputs.put_nowait, token_ids, sampling, request.cache_salt)
+            generation = intake.generation(
+                serving.engine,
+                outputs.put_nowait,
+                token_ids,
+                sampling,
+                request.cache_salt,
+                request.request_id if request.HasField("request_id") else None,
+            )
             try:
                 async with asyncio.timeout(context.time_remaining()):
                     await _write(generation, outputs, context)
@@ -171,7 +185,7 @@ async def _write(
                 news.append(outputs.get_nowait())
             for chunk in generation.feed(news):
                 await context.write(convert.chunk_to_pb(chunk))
-        await context.write(convert.usage_to_pb(generation.usage))
+        await context.write(convert.usage_to_pb(generation.usage, generation.request_id))
     finally:
         generation.close()
 

@@ -12,7 +12,7 @@ import msgspec
 
 from jserve.config import EngineConfig
 from jserve.doors import EngineInfo
-from jserve.engine_loop import Command, Outputs, TellStats
+from jserve.engine_loop import Command, Outputs, TellHistory, TellStats
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -28,7 +28,7 @@ class Failed(msgspec.Struct, tag=True):
     message: str
 
 
-Event = Outputs | TellStats | Ready | Failed
+Event = Outputs | TellStats | TellHistory | Ready | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

@@ -92,7 +92,7 @@ def test_jserve_chat_answers_turns_as_json_lines(server: Server, client: Client)
     command = [sys.executable, "-m", "jserve.cli", "chat", "--target", server.target, "--max-tokens", "10", "--json"]
     done = subprocess.run([*command, "-m", "Hello.", "-m", "Again."], capture_output=True, text=True, timeout=60)
     first, second = (json.loads(line) for line in done.stdout.splitlines())
-    assert first.keys() == {"text", "prompt_tokens", "cached_tokens", "output_tokens", "ttft_s"}
+    assert first.keys() == {"text", "request_id", "prompt_tokens", "cached_tokens", "output_tokens", "ttft_s"}
     assert first["text"] == client.chat([{"role": "user", "content": "Hello."}], max_tokens=10).text
     assert second["cached_tokens"] > 0
     assert (done.returncode, done.stderr) == (0, "")

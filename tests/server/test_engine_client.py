@@ -50,7 +50,7 @@ def test_an_answer_to_somebody_who_was_cancelled_is_dropped() -> None:
     async def work(client: EngineClient) -> None:
         asked = asyncio.create_task(client.stats())
         await asyncio.sleep(0)
-        (ticket,) = client._stats
+        (ticket,) = client._asked
         asked.cancel()
         client._take(TellStats(ticket, {}))  # before the task has had its turn
         with pytest.raises(asyncio.CancelledError):

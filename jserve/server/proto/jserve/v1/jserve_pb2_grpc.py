@@ -59,6 +59,11 @@ class JserveStub:
                 request_serializer=jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/jserve.v1.Jserve/Explain',
+                request_serializer=jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class JserveServicer:
@@ -98,6 +103,13 @@ class JserveServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """What has happened to a request, and why: NOT_FOUND if it is not remembered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JserveServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +137,11 @@ def add_JserveServicer_to_server(servicer, server):
                     servicer.GetStats,
                     request_deserializer=jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.GetStatsRequest.FromString,
                     response_serializer=jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.ExplainRequest.FromString,
+                    response_serializer=jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -262,6 +279,33 @@ class Jserve:
             '/jserve.v1.Jserve/GetStats',
             jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.GetStatsRequest.SerializeToString,
             jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jserve.v1.Jserve/Explain',
+            jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.ExplainRequest.SerializeToString,
+            jserve_dot_server_dot_proto_dot_jserve_dot_v1_dot_jserve__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -72,6 +72,7 @@ class Run:
     """For each request, the steps after which its tokens were told."""
     tokens: dict[str, list[int]]
     events: list[tuple[str, str, str | None]]
+    """Kind, request and who caused it: request after request."""
     preemptions: int
 
     def first(self, name: str) -> int:
@@ -99,10 +100,10 @@ def play(engine: Engine, arrivals: list[Arrival], max_steps: int = 1, limit: int
         step += made[0].steps if made else 1
         for output in outputs:
             _take(run, output, before)
-        run.events += [(e.kind, e.request_id, e.by) for e in engine.scheduler.events]
-        engine.scheduler.events.clear()
     else:
         raise AssertionError(f"still working after {limit} steps: {engine.stats()}")
+    told = engine.timelines.tell(None, 0.0).timelines
+    run.events = [(moment.kind, timeline.request_id, moment.by) for timeline in told for moment in timeline.moments]
     run.preemptions = engine.stats().preemptions
     return run
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this one
 
 from byte_model import write_byte_model
-from running_server import HERE, Server, end, launch
+from running_server import HERE, Server, StartServer, end, launch
 
 from jserve.server.client import Client
-
-StartServer = Callable[..., Server]
 
 
 @pytest.fixture(scope="session")

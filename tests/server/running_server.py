@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,10 @@ class Server:
                     return dict(stats)
                 time.sleep(0.05)
         raise AssertionError(f"the engine still holds something: {stats}")
+
+
+StartServer = Callable[..., Server]
+"""With flags of `jserve serve`; the fixture `start_server` gives it."""
 
 
 def start(script: list[str], *flags: str) -> subprocess.Popen[str]:

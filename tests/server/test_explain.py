@@ -8,8 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import StartServer
-from running_server import Server
+from running_server import Server, StartServer
 from simulated_engine import make
 
 from jserve.cli import main

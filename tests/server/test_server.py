@@ -20,11 +20,10 @@ import grpc
 import grpc.aio
 import pytest
 from byte_model import EOS, byte_tokenizer, write_byte_model
-from conftest import StartServer
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from running_server import HERE, Server, start
+from running_server import HERE, Server, StartServer, start
 from simulated_engine import BYTES, CONTEXT, POISON, STEP_S
 
 from jserve.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, Unavailable, Unsupported

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 from byte_model import write_byte_model
-from conftest import StartServer
-from running_server import HERE, start
+from running_server import HERE, StartServer, start
 
 from jserve.errors import Unavailable
 

@@ -2,7 +2,7 @@
 
 - links: 16 blocks between device and host, as a share of one plain copy of as many bytes.
 - disk: the disk tier, as a share of plain sequential I/O with the same flags (`bench.disk`).
-- decision: what `TieredCache.arrive` takes for a long prompt.
+- decision: what `TieredCache.arrive` takes for a long prompt (`bench/tier_decision.py` says what is in it).
 - write-through: a decode step with a host tier over the same step without one.
 - conversations: later turns with a device pool of a quarter of the working set and a host tier, against a pool that
   holds everything (TTFT) and against the small pool alone (throughput). Its model is a shape with random weights: much
@@ -229,11 +229,13 @@ def _measure_decision(effort: Effort, seed: int, found: Found, progress: Progres
         "decision_us": median(taken.arrive_s) * 1e6,
         "decision_with_hashing_us": median(taken.arrive_and_hash_s) * 1e6,
         "decision_strategy_us": median(taken.strategy_s) * 1e6,
+        "stage_block_us": median(taken.stage_block_s) * 1e6,
     }
     rows = [
         ("arrive, keys known", found.metrics["decision_us"]),
         ("arrive, keys to be hashed", found.metrics["decision_with_hashing_us"]),
         ("the choice alone", found.metrics["decision_strategy_us"]),
+        ("later, for each block from disk", found.metrics["stage_block_us"]),
     ]
     title = f"decision, {median(taken.blocks):.0f} blocks of {tier_decision.BLOCK} tokens"
     found.tables.append(report.table(title, ("", "median us"), rows))

@@ -115,9 +115,12 @@ class LinkCost:
     def seconds(self, num_bytes: float, copies: float = 1) -> float:
         return self.scale * (copies * self.per_copy_s + num_bytes / self.bytes_per_s)
 
-    def observe(self, num_bytes: int, copies: int, seconds: float) -> None:
-        """A group of copies took this long from the first's start to the last's end."""
-        self.scale = _corrected(self.scale, self.seconds(num_bytes, copies), seconds)
+    def observe(self, num_bytes: float, copies: float, seconds: float, least_s: float | None = None) -> None:
+        """A group of copies took this long from the first's start to the last's end; or, with `least_s`, between that
+        and this, which tells nothing as long as the prediction lies between them."""
+        predicted_s = self.seconds(num_bytes, copies)
+        observed_s = seconds if least_s is None else min(max(predicted_s, least_s), seconds)
+        self.scale = _corrected(self.scale, predicted_s, observed_s)
 
 
 @dataclass(slots=True)
@@ -220,7 +223,16 @@ class RestorePlan:
     """Predicted, had nothing been loaded."""
     load_ttft_s: float
     """Predicted, had all been loaded that any tier has."""
-    reason: str
+    why: str
+
+    @property
+    def reason(self) -> str:
+        """In a line, for people."""
+        return (
+            f"{self.why}: load {self.load_host_blocks} and stage {self.stage_disk_blocks} blocks, compute "
+            f"{self.recompute_tokens} tokens in {self.ttft_s:.4g} s ({self.recompute_ttft_s:.4g} s if nothing is "
+            f"loaded, {self.load_ttft_s:.4g} s if all is)"
+        )
 
 
 Strategy = Callable[[CostModel, Reach], RestorePlan]
@@ -296,19 +308,15 @@ def _plan(outlook: _Outlook, split: int, wanted: int, why: str) -> RestorePlan:
     """`split`: in blocks, with the room there is; `wanted`: the same with endless room."""
     reach = outlook.reach
     ttft_s, recompute_s, load_s = (outlook.ttft_s(x) for x in (split, reach.device_blocks, reach.disk_blocks))
-    load = min(split, reach.host_blocks) - reach.device_blocks
-    stage = max(0, split - reach.host_blocks)
-    tokens = max(1, reach.prompt_tokens - split * outlook.model.block_tokens)
     return RestorePlan(
-        load,
-        stage,
+        min(split, reach.host_blocks) - reach.device_blocks,
+        max(0, split - reach.host_blocks),
         max(0, wanted - max(split, reach.host_blocks)),
-        tokens,
+        max(1, reach.prompt_tokens - split * outlook.model.block_tokens),
         ttft_s,
         recompute_s,
         load_s,
-        f"{why}: load {load} and stage {stage} blocks, compute {tokens} tokens in {ttft_s:.4g} s "
-        f"({recompute_s:.4g} s if nothing is loaded, {load_s:.4g} s if all is)",
+        why,
     )
 
 

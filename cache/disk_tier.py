@@ -7,7 +7,7 @@ apart: a full disk can still be read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from jserve.cache.eviction import EvictionOrder
@@ -34,6 +34,10 @@ class Pause:
 
     def works(self) -> None:
         self.next_s = FIRST_PAUSE_S
+
+    def end(self) -> None:
+        """Try again at once."""
+        self.until_s = 0.0
 
 
 class DiskTier:
@@ -81,13 +85,27 @@ class DiskTier:
         """A block could not be written."""
         self._writing -= 1
 
-    def drop(self, key: bytes) -> None:
-        if key in self._order:
+    def learn(self, key: bytes, parent: bytes | None) -> None:
+        """What an earlier process has left comes without the order of its chains; this is one link."""
+        self._order.learn(key, parent)
+
+    def version(self, key: bytes) -> int | None:
+        """A number that tells this copy of the block from earlier and later ones; None if there is none."""
+        return self._order.inserted(key) if key in self._order else None
+
+    def drop(self, key: bytes, version: int | None) -> None:
+        """This copy of the block is not there, or not good. A later copy stays."""
+        if version is not None and self.version(key) == version:
             self._order.remove(key)
 
-    def use(self, chain: list[bytes]) -> None:
-        self._order.touch_chain([key for key in chain if key in self._order])
+    def reach(self, chain: Sequence[bytes], most: int) -> int:
+        """Of the `most` leading blocks of a chain, how many are here (`block_keys.reach`)."""
+        return self._order.reach(chain, most)
 
-    def set_lookahead(self, keys: list[bytes]) -> None:
+    def use(self, chain: Sequence[bytes], count: int) -> None:
+        """As `HostTier.use`."""
+        self._order.use(chain, count)
+
+    def set_lookahead(self, chains: Iterable[tuple[Sequence[bytes], int]]) -> None:
         """As `HostTier.set_lookahead`."""
-        self._order.set_lookahead(keys)
+        self._order.set_lookahead(chains)

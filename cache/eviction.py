@@ -4,15 +4,20 @@ One contract, `EvictionOrder`, and one comparable rank a strategy: the smallest 
 stand above every rank. A pinned block is never a victim. A block that has children in the tier is never a victim
 either: without their parent its children could not be found, so a chain goes from its tail to its head.
 
+So what is said of a block, that it is pinned, was used or is needed, holds for all before it as well, and a chain of
+any length is kept or touched by its last block alone. When a block goes, its parent takes its recency and its place
+in the queue over.
+
 Pure bookkeeping over keys: it owns no block and no byte.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from jserve.cache.block_keys import reach
 from jserve.errors import ConfigError
 
 Rank = tuple[int, int]
@@ -27,7 +32,8 @@ class Entry:
     used: int
     pins: int = 0
     position: int | None = None
-    """Place of the first waiting request that needs the block; None if no waiting request is known to."""
+    """Place of the first waiting request whose need ends with this block, or with one after it that has gone; None if
+    there is none."""
     rank: Rank | None = None
     """The rank that is in the heap; None while the block may not go."""
 
@@ -53,7 +59,7 @@ STRATEGIES: dict[str, Callable[[Entry], Rank]] = {"lru": lru, "fifo": fifo, "loo
 class EvictionOrder:
     """The blocks of one tier in the order in which they may go.
 
-    Every call costs O(log n) at most, amortised; `set_lookahead` that for each key that it names or named.
+    Every call costs O(log n) at most, amortised; `set_lookahead` that for each chain that it names or named.
     """
 
     def __init__(self, strategy: str = "lru") -> None:
@@ -73,6 +79,10 @@ class EvictionOrder:
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
 
+    def inserted(self, key: bytes) -> int:
+        """When the block came into the tier, in a count that never repeats."""
+        return self._entries[key].inserted
+
     def is_pinned(self, key: bytes) -> bool:
         return self._entries[key].pins > 0
 
@@ -81,7 +91,7 @@ class EvictionOrder:
         if key in self._entries:
             raise ValueError(f"block {key.hex()} is in this tier already")
         now = self._tick()
-        self._entries[key] = Entry(None, now, now, position=self._positions.get(key))
+        self._entries[key] = Entry(None, now, now)
         self._adopt(key, parent)
         self._refresh(key)
 
@@ -90,13 +100,15 @@ class EvictionOrder:
         self._entries[key].used = self._tick()
         self._refresh(key)
 
-    def touch_chain(self, keys: Iterable[bytes]) -> None:
-        """A chain was used, head first. What the tier did not know of parents, as after a restart, it learns here."""
-        chain = list(keys)
-        for key, parent in zip(chain[1:], chain, strict=False):
+    def use(self, chain: Sequence[bytes], count: int) -> None:
+        """The first `count` blocks of a chain were used."""
+        if count and chain[count - 1] in self._entries:
+            self.touch(chain[count - 1])
+
+    def learn(self, key: bytes, parent: bytes | None) -> None:
+        """The parent of a block that came without one, as what an earlier process has left."""
+        if key in self._entries:
             self._adopt(key, parent)
-        for key in reversed(chain):  # so that the head is the youngest
-            self.touch(key)
 
     def pin(self, key: bytes) -> None:
         """Keep the block until as many `unpin`."""
@@ -113,6 +125,7 @@ class EvictionOrder:
     def remove(self, key: bytes) -> None:
         """The block has left the tier, pinned or not, with children or without."""
         entry = self._entries.pop(key)
+        self._bequeath(key, entry)
         self._disown(entry)
 
     def pop_victim(self) -> bytes | None:
@@ -125,17 +138,35 @@ class EvictionOrder:
                 return key
         return None
 
-    def set_lookahead(self, keys: Iterable[bytes]) -> None:
-        """The blocks that waiting requests need, in queue order. It replaces what was said before."""
-        before = self._positions
-        self._positions = {}
-        for key in keys:
-            self._positions.setdefault(key, len(self._positions))
+    def reach(self, chain: Sequence[bytes], most: int) -> int:
+        """Of the `most` leading blocks of a chain, how many are here (`block_keys.reach`)."""
+        return reach(chain, self._entries, most)
+
+    def set_lookahead(self, chains: Iterable[tuple[Sequence[bytes], int]]) -> None:
+        """What waiting requests need, in queue order: so many leading blocks of a chain. It replaces what was said
+        before, and holds for the blocks that are here now."""
+        before, self._positions = self._positions, {}
+        for chain, count in chains:
+            here = self.reach(chain, count)
+            if here:
+                self._positions.setdefault(chain[here - 1], len(self._positions))
         for key in before.keys() | self._positions.keys():
             entry = self._entries.get(key)
-            if entry is not None and entry.position != self._positions.get(key):
+            if entry is not None:
                 entry.position = self._positions.get(key)
                 self._refresh(key)
+
+    def _bequeath(self, key: bytes, entry: Entry) -> None:
+        """The parent was used when its child was, and is needed where its child is."""
+        parent = self._entries.get(entry.parent) if entry.parent is not None else None
+        place = self._positions.pop(key, None)
+        if parent is None or entry.parent is None:
+            return
+        parent.used = max(parent.used, entry.used)
+        if place is not None:
+            parent.position = place if parent.position is None else min(parent.position, place)
+            self._positions[entry.parent] = parent.position
+        self._refresh(entry.parent)
 
     def _tick(self) -> int:
         self._clock += 1

@@ -7,6 +7,7 @@ Bookkeeping alone; the bytes are behind the Transfer door. A slot is *filling* w
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 from jserve.cache.eviction import EvictionOrder
 
@@ -31,6 +32,18 @@ class HostTier:
         """Whether the block is here, or on its way."""
         return key in self._slot_of
 
+    @property
+    def num_filling(self) -> int:
+        return len(self._filling)
+
+    def is_filling(self, key: bytes) -> bool:
+        """Whether the block is on its way."""
+        return key in self._filling
+
+    def reach(self, chain: Sequence[bytes], most: int) -> int:
+        """Of the `most` leading blocks of a chain, how many are here, or on their way (`block_keys.reach`)."""
+        return self._order.reach(chain, most)
+
     def is_ready(self, key: bytes) -> bool:
         return key in self._slot_of and key not in self._filling
 
@@ -42,20 +55,29 @@ class HostTier:
         return self._parent_of[key]
 
     def reserve(self, key: bytes, parent: bytes | None) -> int | None:
-        """A slot to fill with a new block, evicting another if needed; None if every one is pinned or filling."""
-        if self._blank:
-            slot = self._blank.pop()
-        else:
-            victim = self._order.pop_victim()
-            if victim is None:
-                return None
-            self.evictions += 1
-            slot = self._forget(victim)
+        """A slot to fill with a new block, evicting another if needed, but never its parent, without which nobody could
+        find it; None if every one is pinned or filling."""
+        slot = self._blank.pop() if self._blank else self._evict(keep=parent)
+        if slot is None:
+            return None
         self._slot_of[key], self._parent_of[key] = slot, parent
         self._filling.add(key)
         self._order.insert(key, parent)
         self._order.pin(key)
         return slot
+
+    def _evict(self, keep: bytes | None) -> int | None:
+        """The slot of the next block to go."""
+        if keep is not None and keep in self._slot_of:
+            self._order.pin(keep)
+            victim = self._order.pop_victim()
+            self._order.unpin(keep)
+        else:
+            victim = self._order.pop_victim()
+        if victim is None:
+            return None
+        self.evictions += 1
+        return self._forget(victim)
 
     def fill(self, key: bytes, *, write_back: bool) -> None:
         """The block has come. `write_back`: disk has still to get it (FlashGen's write-back bit)."""
@@ -84,17 +106,17 @@ class HostTier:
     def is_pinned(self, key: bytes) -> bool:
         return self._order.is_pinned(key)
 
-    def use(self, chain: list[bytes]) -> None:
-        """A chain of blocks was used, head first."""
-        self._order.touch_chain([key for key in chain if key in self._slot_of])
+    def use(self, chain: Sequence[bytes], count: int) -> None:
+        """The first `count` blocks of a chain were used."""
+        self._order.use(chain, count)
 
     @property
     def looks_ahead(self) -> bool:
         return self._order.strategy == "lookahead"
 
-    def set_lookahead(self, keys: list[bytes]) -> None:
-        """The blocks that waiting requests need, in queue order, for eviction by look-ahead."""
-        self._order.set_lookahead(keys)
+    def set_lookahead(self, chains: Iterable[tuple[Sequence[bytes], int]]) -> None:
+        """What waiting requests need, in queue order, for eviction by look-ahead: so many leading blocks of a chain."""
+        self._order.set_lookahead(chains)
 
     # --- the write-back bit -------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from jserve.cache.block_keys import extend_keys
 from jserve.cache.block_pool import BlockPool
+from jserve.cache.cost import SwapDecision
 from jserve.cache.prefix_index import PrefixIndex
 
 if TYPE_CHECKING:
@@ -166,6 +167,19 @@ class KVCache:
         """Whether a waiting sequence should be admitted now, if it fits."""
         return True
 
+    def swap_out(self, table: BlockTable, num_blocks: int = 0) -> int:
+        """As `truncate`, for a sequence that comes back: what the host lacks of its full blocks is copied there first,
+        and kept there until the table is admitted again or released.
+
+        Returns the leading blocks that the host has then, or will have soon: `is_ready` says when.
+        """
+        self.truncate(table, num_blocks)
+        return 0
+
+    def swap_or_recompute(self, table: BlockTable, num_tokens: int) -> SwapDecision:
+        """Whether a sequence with the KV of `num_tokens` should be swapped out when it is preempted."""
+        return SwapDecision(False, 0.0, 0.0, "recompute: there is no host tier")
+
     def restored(self, table: BlockTable) -> int | None:
         """Of a sequence that was admitted as loading: its leading tokens with KV, once that is known."""
         raise AssertionError("a cache without tiers loads nothing")
@@ -180,6 +194,9 @@ class KVCache:
     def busy(self) -> bool:
         """Whether copies are under way."""
         return False
+
+    def drain(self) -> None:
+        """The engine is about to close: try once more what was put off because the disk had failed."""
 
     def observe_prefill(self, new: int, cached: int, seconds: float) -> None:
         """Computing `new` tokens after `cached` ones took this long, on an otherwise idle device."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from jserve.cache.block_keys import reach
 
 
 class PrefixIndex:
@@ -24,6 +26,10 @@ class PrefixIndex:
                 break
             blocks.append(block)
         return blocks
+
+    def reach(self, chain: Sequence[bytes], most: int) -> int:
+        """Of the `most` leading blocks of a chain, how many are here (`block_keys.reach`)."""
+        return reach(chain, self._block_of, most)
 
     def block_of(self, key: bytes) -> int | None:
         """The block that holds this key."""

@@ -18,21 +18,30 @@ class Completion:
     """What went wrong; the destination then holds nothing."""
     device_fault: bool = False
     """With an error: whether the disk as such failed, and not only this block was missing or damaged."""
+    corrupt: bool = False
+    """With an error: whether the block was damaged."""
     seconds: float = 0.0
+    """What it took, or less: an end is seen when somebody polls. 0 if nothing is known."""
+    least_s: float = 0.0
+    """What it took, or more."""
     num_bytes: int = 0
 
 
 class Transfer(Protocol):
     """Every operation has a ticket of its own, ends in any order, and is told of by `poll`, once if all is well.
 
-    The caller keeps a source alone until the operation has ended, and a destination until then or `cancel`.
+    The caller keeps a source alone until the operation has ended, and a destination too; or until `cancel`.
     """
 
     def store(self, ticket: int, blocks: list[int], host_slots: list[int]) -> None:
         """Device to host. The device blocks may be overwritten by later steps at once."""
 
-    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> None:
-        """Host to device. Steps that are launched after the completion was polled may read the blocks."""
+    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> bool:
+        """Host to device. Steps that are launched after the completion was polled may read the blocks.
+
+        True if every step launched from now on may: where steps and copies go through one queue, they wait for each
+        other without being told to. Such a load cannot fail; its completion tells that the source is free.
+        """
 
     def write(self, ticket: int, host_slot: int, key: bytes) -> None:
         """Host to disk."""
@@ -44,7 +53,7 @@ class Transfer(Protocol):
         """From disk. Nothing tells of its end."""
 
     def cancel(self, ticket: int) -> None:
-        """The operation changes no destination any more. Unknown tickets are ignored."""
+        """The operation touches neither source nor destination any more. Unknown tickets are ignored."""
 
     def poll(self) -> list[Completion]:
         """The operations that have ended since the last call. Never waits."""

@@ -319,6 +319,7 @@ class Engine:
         """End every request and give the device back."""
         for request_id in list(self._sequences):
             self.abort(request_id)
+        self.cache.drain()
         end_s = self.clock.now() + CLOSE_LIMIT_S  # for what is still to be written to disk
         while self.has_work and self.clock.now() < end_s:
             self.step()

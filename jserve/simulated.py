@@ -172,13 +172,14 @@ class SimulatedTransfer:
 
         self._start("store", ticket, len(blocks), apply)
 
-    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> None:
+    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> bool:
         def apply() -> str | None:
             for slot, block in zip(host_slots, blocks, strict=True):
                 self._executor.kv[block] = list(self.host[slot])
             return None
 
         self._start("load", ticket, len(blocks), apply)
+        return False
 
     def write(self, ticket: int, host_slot: int, key: bytes) -> None:
         def apply() -> str | None:

@@ -52,10 +52,11 @@ class JaxTransfer:
 
         self._start(ticket, lambda: jax.device_put(self._runner.gather(blocks), self._runner.host_sharding), finish)
 
-    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> None:
+    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> bool:
         held = [self._slots[slot] for slot in host_slots]
         put = partial(jax.device_put, held, self._runner.block_sharding)
         self._start(ticket, put, lambda there: self._runner.scatter(blocks, there))
+        return False
 
     def _start(self, ticket: int, put: Callable[[], list[Array]], finish: Callable[[list[Array]], None]) -> None:
         """Start a copy; if there is no memory for it, `poll` will say so."""
@@ -120,8 +121,17 @@ class JaxTransfer:
                         self._slots[slot] = self._to_host(buffer)
                     except jax.errors.JaxRuntimeError as full:
                         error = str(full)
-            fault = end.outcome is Outcome.FAILED
-            completions.append(Completion(end.ticket, error, fault, end.seconds, end.num_bytes))
+            completions.append(
+                Completion(
+                    end.ticket,
+                    error,
+                    device_fault=end.outcome is Outcome.FAILED,
+                    corrupt=end.outcome is Outcome.CORRUPT,
+                    seconds=end.seconds,
+                    least_s=end.seconds,
+                    num_bytes=end.num_bytes,
+                )
+            )
         return completions
 
     def _to_host(self, buffer: np.ndarray) -> Array:

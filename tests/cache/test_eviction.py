@@ -44,16 +44,14 @@ def test_fifo_evicts_the_oldest_however_often_it_was_used() -> None:
 
 def test_lookahead_evicts_what_is_needed_last_and_the_furthest_first() -> None:
     order = order_of("lookahead", 1, 2, 3, 4)
-    order.set_lookahead([key(2), key(1), key(9)])
+    order.set_lookahead([([key(2)], 1), ([key(1), key(9)], 2), ([key(9)], 1)])
     assert victims(order) == [3, 4, 1, 2]
 
 
-def test_lookahead_knows_blocks_that_come_later_and_forgets_requests_that_have_gone() -> None:
-    order = order_of("lookahead", 1)
-    order.set_lookahead([key(1), key(2)])
-    order.insert(key(2))
-    order.insert(key(3))
-    order.set_lookahead([key(2)])
+def test_lookahead_forgets_requests_that_have_gone() -> None:
+    order = order_of("lookahead", 1, 2, 3)
+    order.set_lookahead([([key(1)], 1), ([key(2)], 1)])
+    order.set_lookahead([([key(2)], 1)])
     assert victims(order) == [1, 3, 2]
 
 
@@ -69,8 +67,31 @@ def test_a_chain_goes_from_its_tail_to_its_head(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_chain_found_after_a_restart_goes_from_its_tail_too(strategy: str) -> None:
     order = order_of(strategy, 1, 2, 3)
-    order.touch_chain([key(1), key(2), key(3)])
+    for block in (3, 2):
+        order.learn(key(block), parent=key(block - 1))
+    order.learn(key(9), parent=key(8))  # has gone meanwhile
     assert victims(order) == [3, 2, 1]
+
+
+def test_a_chain_is_used_by_its_last_block() -> None:
+    order = order_of("lru", 1, 10)
+    for block in (2, 3):
+        order.insert(key(block), parent=key(block - 1))
+        order.insert(key(10 * block), parent=key(10 * block - 10))
+    order.use([key(1), key(2), key(3)], 2)  # a child is as old as before, its parents are young
+    order.touch(key(10))
+    assert victims(order) == [3, 30, 20, 2, 1, 10]
+
+
+def test_a_chain_that_is_needed_by_its_last_block_stays_whole() -> None:
+    order = EvictionOrder("lookahead")
+    for block in (1, 2, 3, 4):
+        order.insert(key(block), parent=key(block - 1) if block > 1 else None)
+    for block in (11, 12):
+        order.insert(key(block), parent=key(block - 1) if block > 11 else None)
+    order.set_lookahead([([key(1), key(2), key(3), key(4)], 3)])
+    assert victims(order) == [4, 12, 11, 3, 2, 1]
+    assert not order._positions
 
 
 def test_a_head_shared_by_two_chains_outlives_both() -> None:
@@ -120,7 +141,7 @@ class NaiveOrder:
         self.strategy = strategy
         self.blocks: dict[int, dict[str, int]] = {}
         self.parents: dict[int, int] = {}
-        self.ahead: list[int] = []
+        self.ahead: dict[int, int] = {}
         self.now = 0
 
     def tick(self) -> int:
@@ -132,12 +153,20 @@ class NaiveOrder:
             if self.strategy == "fifo":
                 return (0, self.blocks[block]["inserted"])
             if self.strategy == "lookahead" and block in self.ahead:
-                return (1, -self.ahead.index(block))
+                return (1, -self.ahead[block])
             return (0, self.blocks[block]["used"])
 
         parents = {self.parents[block] for block in self.blocks if block in self.parents}
         free = [block for block in self.blocks if not self.blocks[block]["pins"] and block not in parents]
         return min(free, key=rank, default=None)
+
+    def remove(self, block: int) -> None:
+        gone, parent = self.blocks.pop(block), self.parents.get(block)
+        place = self.ahead.pop(block, None)
+        if parent in self.blocks:
+            self.blocks[parent]["used"] = max(self.blocks[parent]["used"], gone["used"])
+            if place is not None:
+                self.ahead[parent] = min(self.ahead.get(parent, place), place)
 
 
 BLOCKS = st.integers(1, 12)
@@ -158,10 +187,12 @@ def test_any_sequence_of_moves_gives_the_victims_of_the_naive_order(
         if move == "victim":
             expected = naive.victim()
             assert order.pop_victim() == (None if expected is None else key(expected))
-            naive.blocks.pop(expected, None)  # type: ignore[arg-type]
+            if expected is not None:
+                naive.remove(expected)
         elif move == "ahead":
-            naive.ahead = list(what)  # type: ignore[call-overload]
-            order.set_lookahead(key(block) for block in naive.ahead)
+            here = [block for block in what if block in naive.blocks]  # type: ignore[attr-defined]
+            naive.ahead = {block: i for i, block in enumerate(here)}
+            order.set_lookahead(([key(block)], 1) for block in what)  # type: ignore[attr-defined]
         else:
             apply(order, naive, move, what, chained)  # type: ignore[arg-type]
         assert len(order) == len(naive.blocks)
@@ -187,7 +218,7 @@ def apply(order: EvictionOrder, naive: NaiveOrder, move: str, block: int, chaine
         present["pins"] -= 1
         order.unpin(key(block))
     elif move == "remove":
-        del naive.blocks[block]
+        naive.remove(block)
         order.remove(key(block))
 
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost, restore_strategy
 from jserve.cache.disk_tier import DiskTier
-from jserve.cache.hierarchy import TieredCache
+from jserve.cache.hierarchy import READS_IN_FLIGHT, WRITES_IN_FLIGHT, TieredCache, _Read
 from jserve.cache.host_tier import HostTier
+from jserve.cache.kv_cache import BlockTable, KVCache
 from jserve.config import EngineConfig, SchedConfig
 from jserve.doors import EngineInfo
 from jserve.engine import Engine
@@ -105,7 +106,8 @@ class World:
         cache = self.cache
         assert cache.pool.num_free == cache.num_blocks
         assert not cache._restores
-        assert not cache._waiting_for
+        assert not cache._timed
+        assert not cache._unread
         assert cache._staged == 0
         assert abs(cache._queued_s) < 1e-9
         assert not any(cache.host.is_pinned(key) for key in list(cache.host._slot_of))
@@ -200,9 +202,9 @@ def test_eviction_by_look_ahead_keeps_on_disk_what_the_queue_needs() -> None:
         world.add("again", first)
         while not world.said["other 3"]:
             world.step()
-        restore = next(reversed(world.cache._restores.values()))
+        restore = next(reversed(world.cache._restores))
         assert world.cache.disk is not None
-        return sum(key in world.cache.disk for key in restore[0].keys)
+        return sum(key in world.cache.disk for key in restore.table.keys)
 
     assert left("lookahead") > left("fifo")
 
@@ -398,6 +400,216 @@ def test_what_was_written_over_before_its_turn_is_not_stored() -> None:
     assert world.cache.tier_stats.skipped_stores > 0
     for i in range(3):
         world.ask(f"again {i}", prompt_of(i, 40), 1)
+
+
+def test_a_decision_starts_no_copy_and_the_reads_come_a_few_at_a_time() -> None:
+    world = World(device=80, host=80, disk_blocks=400, staging=70, copy_s=lambda kind, blocks: 0.01)
+    first = world.ask("first", prompt_of(0, 240))
+    world.ask("other", prompt_of(1, 300))
+    world.ask("other too", prompt_of(2, 300))
+    world.add("again", first)
+    assert reads_under_way(world) == 0
+    world.step()
+    assert reads_under_way(world) == READS_IN_FLIGHT
+    world.run()
+    assert world.cached["again"] == 240
+    stats = world.cache.tier_stats
+    assert (stats.decisions, stats.stage_decisions) == (4, 1)
+
+
+def reads_under_way(world: World) -> int:
+    return sum(isinstance(operation, _Read) for operation in world.cache._tickets.values())
+
+
+def test_a_disk_that_hangs_at_writing_is_given_up_and_told_of_once() -> None:
+    world = World(host=40, copy_s=lambda kind, blocks: 1e9 if kind == "write" else 0.0, wait_limit_s=2.0)
+    world.add("first", prompt_of(0, 30))
+    for _ in range(40):
+        world.step()
+    held = [key for key in world.cache.host._slot_of if world.cache.host.is_pinned(key)]
+    assert len(held) == WRITES_IN_FLIGHT
+    world.clock.wait(2.0)
+    world.run()
+    assert len(world.notes) == 1
+    assert world.cache.tier_stats.failed_writes == WRITES_IN_FLIGHT
+    assert world.cache.host.write_back_backlog == 8
+    world.check_nothing_is_held()
+
+
+def test_an_aborted_request_keeps_its_share_of_the_staging_region_until_its_reads_have_ended() -> None:
+    world = World(host=14, copy_s=lambda kind, blocks: 0.5 if kind == "read" else 0.0)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    world.add("again", first)
+    world.step()
+    assert world.cache._staged == reads_under_way(world) == 8
+    world.engine.abort("again")
+    assert world.cache._staged == 8
+    world.run()
+    world.check_nothing_is_held()
+
+
+def test_what_the_host_had_no_slot_for_is_stored_when_it_is_used_again() -> None:
+    fails = True
+    world = World(disk_blocks=None, device=40, host=100, fails=lambda kind: kind == "store" and fails)
+    first = world.ask("first", prompt_of(0, 30))
+    assert world.cache.tier_stats.stored_blocks == 0
+    fails = False
+    again = world.ask("again", first)
+    assert world.cached["again"] == 32
+    world.ask("flood", prompt_of(1, 155))  # takes all of the device
+    world.ask("from the host", again)
+    assert world.cache.tier_stats.host_hit_tokens >= 32
+
+
+def test_what_waits_for_a_broken_disk_is_tried_once_more_before_the_end() -> None:
+    broken = True
+    world = World(fails=lambda kind: kind == "write" and broken)
+    conversation = world.ask("first", prompt_of(0, 30))
+    assert not world.engine.has_work
+    assert world.cache.host.write_back_backlog == 8
+    broken = False
+    world.engine.close()
+    assert len(world.transfer.disk) == 8
+    after = World(disk=world.transfer.disk)
+    after.ask("after", conversation)
+    assert after.cached["after"] == 32
+
+
+def test_a_disk_that_stays_broken_does_not_keep_the_engine_from_closing() -> None:
+    world = World(fails=lambda kind: kind == "write")
+    world.ask("first", prompt_of(0, 30))
+    closed_s = world.clock.now()
+    world.engine.close()
+    assert world.clock.now() - closed_s < 1.0
+
+
+def test_a_late_miss_takes_nothing_from_a_block_that_was_written_since() -> None:
+    disk = DiskTier(4)
+    disk.reserve()
+    disk.add(b"key", None)
+    read = disk.version(b"key")
+    disk.drop(b"key", read)
+    disk.reserve()
+    disk.add(b"key", None)
+    disk.drop(b"key", read)
+    assert b"key" in disk
+    disk.drop(b"key", disk.version(b"key"))
+    assert b"key" not in disk
+
+
+@pytest.mark.parametrize("eviction", ["lru", "fifo", "lookahead"])
+def test_a_full_host_never_gives_up_a_block_for_its_own_child(eviction: str) -> None:
+    host = HostTier(2, eviction)
+    for key, parent in ((b"a", None), (b"b", None)):
+        assert host.reserve(key, parent) is not None
+        host.fill(key, write_back=False)
+    assert host.reserve(b"aa", b"a") is not None
+    assert b"a" in host
+    host.fill(b"aa", write_back=False)
+    host.pin(b"a")
+    assert host.reserve(b"aaa", b"aa") is None  # the one block that could go is its parent
+    assert not host.is_pinned(b"aa")
+
+
+class Swapped:
+    """One sequence of `blocks` full blocks with known KV in a cache of its own."""
+
+    def __init__(
+        self, *, host: int = 40, copy_s: float = 0.0, fails: Callable[[str], bool] = lambda kind: False
+    ) -> None:
+        self.world = World(disk_blocks=None, host=host, copy_s=lambda kind, blocks: copy_s, fails=fails)
+        self.cache, self.kv = self.world.cache, self.world.transfer._executor.kv
+        self.tokens, self.table = prompt_of(0, 5 * BLOCK + 1), BlockTable(b"root")
+        assert self.cache.admit(self.table, self.tokens) is not None
+        for i, block in enumerate(self.table.blocks):
+            self.kv[block] = [i] * BLOCK
+        self.cache.publish(self.table, self.tokens, len(self.tokens))
+
+    def overwrite_the_device(self) -> None:
+        blocks = self.cache.pool.allocate(self.cache.pool.num_free)
+        assert blocks is not None
+        for block in blocks:
+            self.kv[block] = [-1] * BLOCK
+        self.cache.pool.release(blocks)
+
+    def poll(self, seconds: float = 0.0) -> None:
+        self.world.clock.wait(seconds)
+        self.cache.poll(self.world.clock.now())
+
+    def admit(self) -> list[list[int]]:
+        """What its leading blocks hold when it is back."""
+        admission = self.cache.admit(self.table, self.tokens)
+        assert admission is not None
+        cached: int | None = admission.num_cached
+        if admission.loading:
+            self.poll(1.0)
+            cached = self.cache.restored(self.table)
+        assert cached is not None
+        return [self.kv[block] for block in self.table.blocks[: cached // BLOCK]]
+
+
+def test_a_sequence_that_is_swapped_out_comes_back_as_it_was() -> None:
+    swapped = Swapped(copy_s=0.1)
+    assert swapped.cache.swap_out(swapped.table) == 5
+    assert swapped.table.blocks == []
+    assert swapped.cache.pool.num_free == 12
+    swapped.overwrite_the_device()
+    assert not swapped.cache.is_ready(swapped.table)  # the copies are under way
+    swapped.poll(0.2)
+    assert swapped.cache.is_ready(swapped.table)
+    assert swapped.admit() == [[i] * BLOCK for i in range(5)]
+    swapped.cache.release(swapped.table)
+    swapped.world.check_nothing_is_held()
+
+
+def test_what_is_swapped_out_stays_on_the_host_until_its_sequence_is_back() -> None:
+    swapped = Swapped(host=8)
+    swapped.cache.swap_out(swapped.table)
+    swapped.poll()
+    for i in range(1, 4):
+        swapped.world.ask(str(i), prompt_of(i, 40))  # more than the host holds
+    assert len(swapped.admit()) == 5
+    swapped.cache.release(swapped.table)
+    swapped.world.check_nothing_is_held()
+
+
+def test_a_part_can_be_swapped_out_alone() -> None:
+    swapped = Swapped()
+    kept = list(swapped.table.blocks[:3])
+    assert swapped.cache.swap_out(swapped.table, 3) == 5
+    assert swapped.table.blocks == kept
+    swapped.cache.release(swapped.table)
+    swapped.poll()
+    swapped.world.check_nothing_is_held()
+
+
+def test_a_swap_for_which_the_host_has_too_little_room_keeps_the_head() -> None:
+    swapped = Swapped(host=3)
+    assert swapped.cache.swap_out(swapped.table) == 3
+    swapped.poll()
+    swapped.overwrite_the_device()
+    assert swapped.admit() == [[i] * BLOCK for i in range(3)]
+
+
+def test_a_swap_that_fails_costs_computation_alone() -> None:
+    swapped = Swapped(fails=lambda kind: kind == "store")
+    swapped.cache.swap_out(swapped.table)
+    swapped.overwrite_the_device()
+    swapped.poll()
+    assert swapped.cache.is_ready(swapped.table)
+    assert swapped.admit() == []
+    swapped.cache.release(swapped.table)
+    swapped.world.check_nothing_is_held()
+
+
+def test_swap_is_chosen_where_copying_is_cheaper_than_computing() -> None:
+    swapped = Swapped()
+    assert swapped.cache.swap_or_recompute(swapped.table, 21).swap
+    swapped.cache.cost.host_to_device.bytes_per_s = 1.0
+    assert not swapped.cache.swap_or_recompute(swapped.table, 21).swap
+    assert not KVCache(4, BLOCK).swap_or_recompute(BlockTable(b"root"), 21).swap
 
 
 @settings(max_examples=150, deadline=None)

@@ -58,6 +58,7 @@ class BlockPool:
         for block in blocks:
             if self._refs[block] == 0:
                 del self._reclaimable[block]
+                self._index.hold(block)
             self._refs[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:

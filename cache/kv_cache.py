@@ -8,8 +8,9 @@ step writes all its KV in a layer before it reads any.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jserve.cache.block_keys import extend_keys
 from jserve.cache.block_pool import BlockPool
@@ -54,6 +55,8 @@ class BlockTable:
     """What the tiers below the device are doing for the sequence (`hierarchy.TieredCache`)."""
     counted: bool = False
     """Whether its hits by tier have been counted."""
+    watched: tuple[bytes, Any] | None = None
+    """The key that is watched for it, and who is to be woken (`KVCache.need`)."""
 
 
 class KVCache:
@@ -82,10 +85,35 @@ class KVCache:
         table.num_published = len(found)
         return Admission(len(found) * self.block_size)
 
-    def fits(self, table: BlockTable, token_ids: list[int], spare: int = 0) -> bool:
-        """Whether `admit` would succeed."""
-        held = [block for block in self._find(table, token_ids) if block is not None]
-        return self._room(held, self.blocks_for(len(token_ids)) - len(held), spare)
+    def fits(self, table: BlockTable, token_ids: list[int], spare: int = 0, without: Iterable[BlockTable] = ()) -> bool:
+        """Whether `admit` would succeed if the tables `without` were released first."""
+        theirs = Counter(block for other in without for block in other.blocks)
+        refs = self.pool.ref_count
+        freed = sum(refs(block) == count for block, count in theirs.items())
+        shared = sum(block is not None and refs(block) > theirs[block] for block in self._find(table, token_ids))
+        return self.blocks_for(len(token_ids)) - shared + spare <= self.pool.num_free + freed
+
+    def need(self, table: BlockTable, token_ids: list[int], watcher: Any = None) -> int:
+        """Free blocks that `admit` would take: all but those that others hold now. Blocks that are kept, but that
+        nobody holds, count as free, so they are needed too.
+
+        It rises when others let go of shared blocks. It falls when others come to hold more of the prefix: then the
+        index wakes `watcher`, once.
+        """
+        found = self._find(table, token_ids)
+        refs = self.pool.ref_count
+        held = [block is not None and refs(block) > 0 for block in found]
+        first = held.index(False) if False in held else len(held)
+        self._unwatch(table)
+        if self._reuse and first < self._most_blocks(len(token_ids)):
+            table.watched = table.keys[first], watcher
+            self.index.watch(*table.watched)
+        return self.blocks_for(len(token_ids)) - sum(held)
+
+    def _unwatch(self, table: BlockTable) -> None:
+        if table.watched is not None:
+            self.index.unwatch(*table.watched)
+            table.watched = None
 
     def _find(self, table: BlockTable, token_ids: list[int]) -> list[int | None]:
         """The leading blocks whose KV is kept: on the device under this number, or (None) in a tier below it."""
@@ -104,6 +132,7 @@ class KVCache:
         allocated = self.pool.allocate(fresh)
         assert allocated is not None, "counted above"
         table.blocks = found + allocated
+        self._unwatch(table)
         return True
 
     def _room(self, found: list[int], fresh: int, spare: int) -> bool:
@@ -143,6 +172,7 @@ class KVCache:
         self.pool.release(reversed(table.blocks))
         table.blocks = []
         table.num_published = 0
+        self._unwatch(table)
 
     def truncate(self, table: BlockTable, num_blocks: int) -> None:
         """Give back all blocks but the first `num_blocks`: what partial preemption drops."""

@@ -235,8 +235,8 @@ class Engine:
                 num_tokens=plan.num_tokens,
                 num_rows=len(plan.rows),
                 num_decodes=plan.num_decodes,
-                running=len(self.scheduler.running),
-                waiting=len(self.scheduler.waiting),
+                running=self.scheduler.num_running,
+                waiting=self.scheduler.num_waiting,
                 free_blocks=self.cache.pool.num_free,
                 schedule_s=schedule_s,
                 pack_s=launched.pack_s,
@@ -286,8 +286,8 @@ class Engine:
     def stats(self) -> EngineStats:
         pool, counters = self.cache.pool, self.scheduler.stats
         return EngineStats(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
             free_blocks=pool.num_free,
             cached_blocks=pool.num_reclaimable,
             held_blocks=pool.num_blocks - pool.num_free,

@@ -1,32 +1,49 @@
-"""The scheduler: first come, first served, continuous batching, chunked prefill, preemption by recompute.
+"""The scheduler: continuous batching, chunked prefill, and an order that later requests may overtake but never delay.
 
-`schedule()` fills one step within a token budget: the running decodes, then running prefill chunks, then the waiting
-requests in order of arrival as long as their blocks fit. `commit()` takes the tokens of a step that has run. Between
-the two, further steps may already be scheduled: a sequence whose next token is still in flight is planned as if it
-goes on, and what turns out to be past its end is dropped.
+`schedule()` fills one step within a token budget: one token for every running decode, then chunks of prompts.
+`commit()` takes the tokens of a step that has run. Between the two, further steps may already be scheduled: a sequence
+whose next token is still in flight is planned as if it goes on, and what turns out to be past its end is dropped.
 
-A request whose KV is on its way from a lower tier does not hold up the others: while its blocks are being read from
-disk it is passed over, and once admitted it is *loading*, outside of any batch, until its blocks are on the device
-(batch-aware restoration, FlashGen §3.2.3). When it could run but those that passed it have taken its room, they give
-it back. So the order of arrival is kept: `waiting`, `loading` and `running` are each in that order, what waits holds
-no block, and the youngest of what holds some is the one to preempt.
+Everything follows one order of ranks (`order`), and one rule: who ranks behind yields.
+
+- The queue is filled greedily (FlashGen §4.2): where the first does not fit, later ones that do are *promoted* past it.
+- What later ones hold counts as free for whoever waits before them (§4.3): as soon as a waiting request would fit into
+  the free blocks and theirs, only so many of them as are needed are preempted (`victim`), and it starts.
+- The preempted wait in their old places, and start again when they fit: at the soonest when one of those before them
+  has ended (§4.4).
+- A decode that needs a block takes it from those behind it, and from itself if there are none.
+
+So a request waits for those before it, for its own KV on the way from disk, and for one preemption, but never for a
+later request. While its KV is being read from disk it is passed over; once admitted it may be *loading*, outside of
+any batch, until its blocks are on the device (batch-aware restoration, FlashGen §3.2.3).
+
+What a step costs depends on what changes in it, not on how many wait: the queue is looked at only after something was
+given back, has come or has become easier to place; a decode is touched only for its next token, unless it needs a
+block (`decode_limit`) or has one to publish or an end (`news_limit`).
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import msgspec
 
 from jserve.cache.kv_cache import KVCache
+from jserve.request import FinishReason
 from jserve.sched.events import Event, EventKind
+from jserve.sched.order import Arrival, Rank, order_named
 from jserve.sched.plan import Row, StepPlan
+from jserve.sched.queue import WaitingQueue
 from jserve.sched.sequence import Phase, Sequence
+from jserve.sched.victim import Holder, victim_named
 
 MAX_EVENTS = 65536
+LOOKS_PER_STEP = 32
+"""Waiting requests that seem to fit and do not, before a step looks no further."""
 
 
 class Progress(msgspec.Struct, gc=False):
@@ -51,41 +68,93 @@ class SchedStats:
     cached_tokens: int = 0
     """Those of them whose KV was found."""
     preemptions: int = 0
+    promotions: int = 0
+    """Times that a request started while another one waited before it."""
     overrun_tokens: int = 0
     """Tokens computed past the end of a request, because its end was not known yet."""
 
 
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival
+def _rank(sequence: Sequence) -> Rank:
+    return sequence.rank
+
+
+@dataclass(slots=True)
+class _Chunks:
+    """The prompts of one step."""
+
+    left: int
+    """What the decodes leave of the token budget, and then the chunks."""
+    pending: deque[Sequence]
+    """Running prefills that have no chunk in this step yet, in order of rank."""
+    rows: list[Row] = field(default_factory=list)
 
 
 class Scheduler:
     """Queues and step plans over one KV cache. Not thread-safe: the engine's thread owns it."""
 
-    def __init__(self, cache: KVCache, *, max_running: int, token_budget: int) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        max_running: int,
+        token_budget: int,
+        order: str = "flashgen",
+        victim: str = "youngest",
+    ) -> None:
         if token_budget < max_running:
             raise ValueError(f"token_budget is {token_budget}: each of {max_running} running sequences needs one")
         self.cache = cache
         self.token_budget = token_budget
-        self.waiting: deque[Sequence] = deque()
-        self.loading: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.order, self._victim = order_named(order), victim_named(victim)
         self.stats = SchedStats()
         self.events: list[Event] = []
         """What has happened since somebody last took these out; without a reader the oldest are dropped."""
+        self._queue = WaitingQueue(cache.num_blocks)
+        self._passed: dict[Sequence, None] = {}
+        """Waiting outside of the queue: their KV is being read from disk."""
+        self._look = False
+        """Whether one that waits might fit that did not before."""
+        self._holders: list[Sequence] = []
+        """All that hold blocks, in order of rank: loading and running ones. The latter are parted once more:"""
+        self._prefills: list[Sequence] = []
+        self._decodes: list[Sequence] = []
+        """Those with another token to compute: the last one may still be in flight when none is left."""
+        self._num_loading = 0
         self._free_slots = list(range(max_running - 1, -1, -1))
         self._arrivals = 0
 
     @property
+    def waiting(self) -> Seq[Sequence]:
+        """In order of rank. Costs a sort: `num_waiting` does not."""
+        return sorted([*self._queue, *self._passed], key=_rank)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue) + len(self._passed)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._holders) - self._num_loading
+
+    @property
+    def loading(self) -> list[Sequence]:
+        return [sequence for sequence in self._holders if sequence.phase is Phase.LOADING]
+
+    @property
+    def running(self) -> list[Sequence]:
+        return [sequence for sequence in self._holders if sequence.phase is Phase.RUNNING]
+
+    @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.loading or self.running)
+        return bool(self._holders or self._queue or self._passed)
 
     def add(self, sequence: Sequence) -> None:
-        """Put a new sequence at the end of the queue."""
+        """Put a new sequence in its place in the queue."""
         self._arrivals += 1
-        sequence.arrival = self._arrivals
-        staging = self.cache.arrive(sequence.table, sequence.tokens, waiting=len(self.waiting))
-        self.waiting.append(sequence)
+        arrival = Arrival(place=self._arrivals)
+        sequence.rank = self.order.rank(arrival), self._arrivals
+        staging = self.cache.arrive(sequence.table, sequence.tokens, waiting=self.num_waiting)
+        self._wait(sequence)
         self._tell(EventKind.ARRIVED, sequence, detail=f"{len(sequence.tokens)} tokens")
         if staging is not None and staging.blocks:
             self._tell(EventKind.STAGING, sequence, detail=f"{staging.blocks} blocks from disk")
@@ -93,6 +162,13 @@ class Scheduler:
             self._tell(
                 EventKind.DEFERRED, sequence, detail=f"{staging.deferred_blocks} blocks of disk have no room yet"
             )
+
+    def _wait(self, sequence: Sequence) -> None:
+        if self.cache.is_ready(sequence.table):
+            self._queue.push(sequence, self.cache.need(sequence.table, sequence.tokens, sequence))
+            self._look = True
+        else:
+            self._passed[sequence] = None
 
     def _tell(self, kind: EventKind, sequence: Sequence, by: Sequence | None = None, detail: str = "") -> None:
         if len(self.events) >= 2 * MAX_EVENTS:
@@ -109,27 +185,41 @@ class Scheduler:
         blocks, none that waits could start.
         """
         plan = StepPlan()
-        self._give_way()
-        all_kept = self._plan_decodes(plan)
-        self._plan_running_prefills(plan)
+        kept = self._extend_decodes()
         self._start_loaded(plan)
-        if all_kept:
-            self._admit(plan)
+        chunks = _Chunks(self.token_budget - len(self._decodes), deque(self._prefills))
+        if kept:
+            self._look_again()
+            if self._look:
+                self._admit(plan, chunks)
+        self._plan_prefills(chunks)
+        plan.rows = self._plan_decodes()
+        plan.num_decodes = plan.num_tokens = len(plan.rows)
+        for chunk in chunks.rows:
+            plan.add(chunk)
+            if chunk.samples:
+                self._start_decoding(chunk.sequence)
         if not plan.rows:
             return None
-        if max_steps > 1 and all_kept:
+        if max_steps > 1 and kept and not chunks.rows:
             self._jump(plan, max_steps)
         self.stats.steps += plan.steps
         return plan
 
+    def _plan_decodes(self) -> list[Row]:
+        decodes = self._decodes
+        rows = [Row(sequence, sequence.num_computed, 1, True) for sequence in decodes]
+        for sequence in decodes:
+            sequence.num_computed += 1
+            sequence.in_flight += 1
+        self.stats.decode_tokens += len(rows)
+        return rows
+
     def _jump(self, plan: StepPlan, max_steps: int) -> None:
         """Let a plan of decodes alone span as many steps as nothing can change in, and take the blocks for them."""
-        rows = plan.rows
-        if len(rows) != plan.num_decodes or len(rows) != len(self.running) or self.loading:
+        sequences = self._decodes
+        if len(sequences) != len(self._holders) or self._passed or self._look:
             return
-        if self._free_slots and not all(self.cache.is_ready(sequence.table) for sequence in self.waiting):
-            return
-        sequences = [row.sequence for row in rows]
         if any(sequence.stop_token_ids or not sequence.num_output for sequence in sequences):
             return  # one might end at any token, or has its first one still to tell
         # The plan's own step is counted in: num_computed is one ahead of what was computed before it.
@@ -143,8 +233,9 @@ class Scheduler:
         for sequence in sequences:
             sequence.num_computed += more
             sequence.in_flight += more
-            extended = self.cache.extend(sequence.table, sequence.num_computed)
-            assert extended, "counted above"
+            if not self.cache.extend(sequence.table, sequence.num_computed):
+                raise AssertionError("the blocks were counted")
+            self._set_decode_limit(sequence)
         self.stats.decode_tokens += more * len(sequences)
 
     def _blocks_missing(self, sequences: list[Sequence], more: int) -> int:
@@ -152,110 +243,186 @@ class Scheduler:
         blocks_for = self.cache.blocks_for
         return sum(max(0, blocks_for(s.num_computed + more) - len(s.table.blocks)) for s in sequences)
 
-    def _give_way(self) -> None:
-        """Whoever was passed while its KV was being read takes its turn once that is there: younger ones go back."""
-        sequence = next((s for s in self.waiting if self.cache.is_ready(s.table)), None)
-        while sequence is not None and (self.running or self.loading):
-            victim = self._youngest()
-            if victim.arrival < sequence.arrival:
-                return
-            if self._free_slots and self.cache.fits(sequence.table, sequence.tokens, spare=len(self.running)):
-                return
-            self._preempt(victim, sequence)
+    # --- decodes and prefills -----------------------------------------------------------------------------------
 
-    def _plan_decodes(self, plan: StepPlan) -> bool:
-        """One token for each running sequence that has only its newest one to compute; False if one was preempted."""
+    def _extend_decodes(self) -> bool:
+        """See that every decode has a place for its next token; False if one was preempted for that."""
         preempted_before = self.stats.preemptions
-        i = 0
-        while i < len(self.running):
-            sequence = self.running[i]
-            total = sequence.num_tokens
-            if total - sequence.num_computed == 1 and total < sequence.max_tokens_total:
-                if not self._make_room(sequence, total):
-                    break  # the sequence itself was the youngest
-                plan.add(Row(sequence, sequence.num_computed, 1, True))
-                sequence.num_computed = total
-                sequence.in_flight += 1
-                self.stats.decode_tokens += 1
-            i += 1
-        plan.num_decodes = len(plan.rows)
+        for sequence in [s for s in self._decodes if s.num_computed >= s.decode_limit]:
+            if sequence.num_computed + 1 >= sequence.max_tokens_total:
+                self._decodes.remove(sequence)  # its last token is in flight
+            elif sequence.phase is Phase.RUNNING and self._make_room(sequence, sequence.num_computed + 1):
+                self._set_decode_limit(sequence)
         return self.stats.preemptions == preempted_before
 
+    def _set_decode_limit(self, sequence: Sequence) -> None:
+        capacity = len(sequence.table.blocks) * self.cache.block_size
+        sequence.decode_limit = min(capacity, sequence.max_tokens_total - 1)
+
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend the sequence's blocks, preempting the youngest while that is needed; False if that was itself."""
+        """Extend the sequence's blocks, preempting those behind it while that is needed; False if it was itself."""
         while not self.cache.extend(sequence.table, num_tokens):
-            victim = self._youngest()
+            behind = self._behind(sequence.rank)
+            victim = behind[0] if behind else sequence
             self._preempt(victim, sequence)
             if victim is sequence:
                 return False
         return True
 
-    def _youngest(self) -> Sequence:
-        """Of all that hold blocks."""
-        return max((group[-1] for group in (self.running, self.loading) if group), key=lambda s: s.arrival)
+    def _behind(self, rank: Rank) -> list[Sequence]:
+        """Who holds blocks and yields to this rank, in the order in which they have to."""
+        behind = self._holders[bisect_right(self._holders, rank, key=_rank) :]
+        keys = {s: self._victim(Holder(s.rank, len(s.table.blocks), s.num_computed)) for s in behind}
+        return sorted(behind, key=lambda sequence: keys[sequence], reverse=True)
 
-    def _preempt(self, victim: Sequence, by: Sequence) -> None:
-        """Take everything back from a sequence; what no tier has kept of it will be computed again."""
-        self._tell(EventKind.PREEMPTED, victim, by, f"recompute, {len(victim.table.blocks)} blocks given back")
-        self._leave_device(victim)
-        victim.phase = Phase.WAITING
-        self.stats.preemptions += 1
-        place = next((i for i, other in enumerate(self.waiting) if other.arrival > victim.arrival), len(self.waiting))
-        self.waiting.insert(place, victim)
+    def _plan_prefills(self, chunks: _Chunks, before: Rank | None = None) -> None:
+        """Chunks of running prompts, or only of those that rank before another."""
+        while chunks.pending and chunks.left > 0 and (before is None or chunks.pending[0].rank < before):
+            self._plan_chunk(chunks, chunks.pending.popleft())
 
-    def _plan_running_prefills(self, plan: StepPlan) -> None:
-        for sequence in self.running:
-            if plan.num_tokens >= self.token_budget:
-                return
-            if len(sequence.tokens) - sequence.num_computed > 0 and sequence.in_flight == 0:
-                self._plan_chunk(plan, sequence)
-
-    def _plan_chunk(self, plan: StepPlan, sequence: Sequence) -> None:
-        """As much of the sequence's known, uncomputed tokens as the budget still holds."""
+    def _plan_chunk(self, chunks: _Chunks, sequence: Sequence) -> None:
+        """As much of what is missing as the budget still holds."""
         missing = len(sequence.tokens) - sequence.num_computed
-        count = min(missing, self.token_budget - plan.num_tokens)
-        last = count == missing
-        plan.add(Row(sequence, sequence.num_computed, count, last))
+        count = min(missing, chunks.left)
+        chunks.rows.append(Row(sequence, sequence.num_computed, count, count == missing))
+        chunks.left -= count
         sequence.num_computed += count
-        if last:
-            sequence.in_flight += 1
         self.stats.prefill_tokens += count
         self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
 
-    def _admit(self, plan: StepPlan) -> None:
-        """Waiting requests in order of arrival, until one does not fit; those whose KV is still coming are passed."""
-        passed: list[Sequence] = []
-        while self.waiting and self._free_slots and plan.num_tokens < self.token_budget:
-            sequence = self.waiting.popleft()
-            if not self.cache.is_ready(sequence.table):
-                passed.append(sequence)
-            # Preempted in this very step, a token of it may still be in flight: then it waits for that.
-            elif sequence.in_flight or not self._admit_one(plan, sequence):
-                passed.append(sequence)
-                break
-        self.waiting.extendleft(reversed(passed))
+    def _start_decoding(self, sequence: Sequence) -> None:
+        """Its last chunk is planned: with the next step come its own tokens."""
+        sequence.in_flight += 1
+        _discard(self._prefills, sequence)
+        insort(self._decodes, sequence, key=_rank)
+        self._set_decode_limit(sequence)
 
-    def _admit_one(self, plan: StepPlan, sequence: Sequence) -> bool:
-        # One spare block for each running request, so that its next tokens do not preempt this one at once.
-        admission = self.cache.admit(sequence.table, sequence.tokens, spare=len(self.running))
-        if admission is None:
+    # --- admission ----------------------------------------------------------------------------------------------
+
+    def _look_again(self) -> None:
+        """See who has become easier to place: blocks of its prefix are held by others now, or have come from disk."""
+        woken = self.cache.index.woken
+        if woken:
+            for sequence in woken[:LOOKS_PER_STEP]:
+                if sequence in self._queue:
+                    self._queue.set_need(sequence, self.cache.need(sequence.table, sequence.tokens, sequence))
+                    self._look = True
+            del woken[:LOOKS_PER_STEP]
+        for sequence in [s for s in self._passed if self.cache.is_ready(s.table)]:
+            del self._passed[sequence]
+            self._wait(sequence)
+
+    def _admit(self, plan: StepPlan, chunks: _Chunks) -> None:
+        """Start waiting requests in order of rank, past those that do not fit if the order allows that."""
+        self._look = False
+        skipped: list[tuple[Sequence, int]] = []
+        rooms = self._rooms()
+        room = rooms[0]
+        while len(skipped) < LOOKS_PER_STEP:
+            sequence = self._queue.first_fitting(room) if self.order.passes else self._queue.first()
+            if sequence is None:
+                break
+            need, room = self._queue.need(sequence), rooms[self._ahead(sequence)]
+            if need > room:
+                if self.order.passes:
+                    continue  # those behind it have no more room than it has
+                break
+            self._plan_prefills(chunks, sequence.rank)
+            if chunks.left <= 0:
+                self._look = True
+                break
+            self._queue.remove(sequence)
+            if self._admit_one(plan, chunks, sequence, skipped):
+                rooms = self._rooms()
+                room = rooms[self._ahead(sequence)]
+            else:
+                skipped.append((sequence, self.cache.need(sequence.table, sequence.tokens, sequence)))
+                if not self.order.passes:
+                    break
+        else:
+            self._look = True
+        for sequence, need in skipped:
+            self._queue.push(sequence, need)
+
+    def _ahead(self, sequence: Sequence) -> int:
+        """Holders of blocks that rank before it, or are it."""
+        return bisect_right(self._holders, sequence.rank, key=_rank)
+
+    def _rooms(self) -> list[int]:
+        """For one with so many holders of blocks ahead: the blocks that it could have at most, or -1 if no slot.
+
+        That is the free ones and all of those behind it, whose slots it can have too, but one for each ahead.
+        """
+        behind = [0, *accumulate(len(sequence.table.blocks) for sequence in reversed(self._holders))]
+        free, most = self.cache.pool.num_free, len(self._holders)
+        rooms = [free + blocks - (most - i) for i, blocks in enumerate(behind)]
+        if not self._free_slots:
+            rooms[0] = -1
+        rooms.reverse()
+        return rooms
+
+    def _admit_one(
+        self, plan: StepPlan, chunks: _Chunks, sequence: Sequence, skipped: list[tuple[Sequence, int]]
+    ) -> bool:
+        if sequence.in_flight:  # preempted a moment ago: its next token must not be sampled twice
+            self._look = True
             return False
+        # One spare block for each ahead, so that their next tokens do not preempt it at once.
+        spare = self._ahead(sequence)
+        victims = self._victims(sequence, spare)
+        if victims is None:
+            return False
+        for victim in victims:
+            self._preempt(victim, sequence)
+        if victims:
+            chunks.pending = deque(s for s in chunks.pending if s.phase is Phase.RUNNING)
+        admission = self.cache.admit(sequence.table, sequence.tokens, spare)
+        if admission is None:
+            raise AssertionError(f"{sequence.request_id} fits, and is not admitted")
         sequence.slot = self._free_slots.pop()
+        self._tell_promoted(sequence, skipped)
         kind = EventKind.ADMITTED if sequence.num_cached < 0 else EventKind.RESUMED
         self._tell(kind, sequence, detail=f"{admission.num_cached} of {len(sequence.tokens)} tokens are cached")
+        insort(self._holders, sequence, key=_rank)
         if admission.loading:
-            self._tell(EventKind.LOADING, sequence)
             sequence.phase = Phase.LOADING
-            insort(self.loading, sequence, key=_arrival)
+            self._num_loading += 1
+            self._tell(EventKind.LOADING, sequence)
         else:
             self._start(plan, sequence, admission.num_cached)
+            self._plan_chunk(chunks, sequence)
         return True
 
+    def _victims(self, sequence: Sequence, spare: int) -> list[Sequence] | None:
+        """As few as must yield for it to start, maybe none; None if it could not start if all behind it did."""
+        table, tokens, fits = sequence.table, sequence.tokens, self.cache.fits
+        if self._free_slots and fits(table, tokens, spare):
+            return []
+        behind = self._behind(sequence.rank)
+        if not behind or not fits(table, tokens, spare, [s.table for s in behind]):
+            return None
+        low, high = 1, len(behind)
+        while low < high:
+            middle = (low + high) // 2
+            if fits(table, tokens, spare, [s.table for s in behind[:middle]]):
+                high = middle
+            else:
+                low = middle + 1
+        return behind[:low]
+
+    def _tell_promoted(self, sequence: Sequence, skipped: list[tuple[Sequence, int]]) -> None:
+        first = min([*filter(None, [self._queue.first()]), *(s for s, _ in skipped)], key=_rank, default=sequence)
+        if first.rank < sequence.rank:
+            self.stats.promotions += 1
+            self._tell(EventKind.PROMOTED, sequence, first)
+
     def _start_loaded(self, plan: StepPlan) -> None:
-        for sequence in list(self.loading):
+        if not self._num_loading:
+            return
+        for sequence in self.loading:
             cached = self.cache.restored(sequence.table)
             if cached is not None:
-                self.loading.remove(sequence)
+                self._num_loading -= 1
                 self._tell(EventKind.LOADED, sequence, detail=f"{cached} tokens have their KV")
                 self._start(plan, sequence, cached)
 
@@ -268,44 +435,77 @@ class Scheduler:
             sequence.num_cached = cached
             self.stats.prompt_tokens += sequence.num_prompt
             self.stats.cached_tokens += cached
-        insort(self.running, sequence, key=_arrival)
+        insort(self._prefills, sequence, key=_rank)
         plan.admitted.append(sequence)
-        if plan.num_tokens < self.token_budget:
-            self._plan_chunk(plan, sequence)
+
+    def _preempt(self, victim: Sequence, by: Sequence) -> None:
+        """Take everything back from a sequence; what no tier has kept of it will be computed again."""
+        self._tell(EventKind.PREEMPTED, victim, by, f"recompute, {len(victim.table.blocks)} blocks given back")
+        self._leave_device(victim)
+        victim.phase = Phase.WAITING
+        self.stats.preemptions += 1
+        self._wait(victim)
 
     # --- results ------------------------------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, tokens: Seq[int]) -> list[Progress]:
         """Take the tokens that a launched step has sampled: `plan.steps` for each sampling row, row after row."""
+        rows, steps = plan.rows, plan.steps
+        if len(rows) > plan.num_decodes:
+            rows = [row for row in rows if row.samples]
+        if steps > 1:
+            return [
+                Progress(row.sequence, new, i)
+                for i, row in enumerate(rows)
+                if self._take(row.sequence, new := [*tokens[i * steps : (i + 1) * steps]])
+            ]
         news = []
-        steps = plan.steps
-        for i, row in enumerate(row for row in plan.rows if row.samples):
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             sequence = row.sequence
-            if sequence.phase is Phase.FINISHED:
-                self.stats.overrun_tokens += steps
+            known = sequence.tokens
+            new = [token]
+            if (
+                len(known) + 1 < sequence.news_limit
+                and sequence.phase is Phase.RUNNING
+                and token not in sequence.stop_token_ids
+            ):
+                known.append(token)
+                sequence.in_flight -= 1
+            elif not self._take(sequence, new):
                 continue
-            new = [*tokens[i * steps : (i + 1) * steps]]
-            if sequence.num_output == 0:
-                self._tell(EventKind.FIRST_TOKEN, sequence)
-            sequence.in_flight -= steps
-            sequence.tokens += new
-            if new[-1] in sequence.stop_token_ids and sequence.num_output > sequence.sampling.min_tokens:
-                self._finish(sequence, "stop")
-            elif len(sequence.tokens) >= sequence.max_tokens_total:
-                self._finish(sequence, "length")
-            elif sequence.phase is Phase.RUNNING:
-                self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
             news.append(Progress(sequence, new, i))
         return news
+
+    def _take(self, sequence: Sequence, new: list[int]) -> bool:
+        """Append a sequence's new tokens, and do what is due then; False if it has ended before."""
+        if sequence.phase is Phase.FINISHED:
+            self.stats.overrun_tokens += len(new)
+            return False
+        if sequence.num_output == 0:
+            self._tell(EventKind.FIRST_TOKEN, sequence)
+        sequence.in_flight -= len(new)
+        sequence.tokens += new
+        if new[-1] in sequence.stop_token_ids and sequence.num_output > sequence.sampling.min_tokens:
+            self._finish(sequence, "stop")
+        elif len(sequence.tokens) >= sequence.max_tokens_total:
+            self._finish(sequence, "length")
+        elif sequence.phase is Phase.RUNNING:
+            self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
+            next_block = self.cache.block_size * (sequence.table.num_published + 1)
+            sequence.news_limit = min(next_block, sequence.max_tokens_total)
+        return True
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence in whatever phase it is; its tokens in flight will be dropped."""
         if sequence.phase is not Phase.FINISHED:
             self._finish(sequence, "abort")
 
-    def _finish(self, sequence: Sequence, reason: str) -> None:
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.phase is Phase.WAITING:
-            self.waiting.remove(sequence)
+            if sequence in self._queue:
+                self._queue.remove(sequence)
+            else:
+                del self._passed[sequence]
             self.cache.release(sequence.table)
         else:
             # The KV of the newest token was never computed, or is past the end.
@@ -313,13 +513,23 @@ class Scheduler:
             self.cache.publish(sequence.table, sequence.tokens, known)
             self._leave_device(sequence)
         sequence.phase = Phase.FINISHED
-        sequence.finish_reason = reason  # type: ignore[assignment]
+        sequence.finish_reason = reason
         self._tell(EventKind.FINISHED, sequence, detail=reason)
 
     def _leave_device(self, sequence: Sequence) -> None:
         """Give back blocks and slot. Safe with steps in flight: the device runs them before any that reuses these."""
-        (self.loading if sequence.phase is Phase.LOADING else self.running).remove(sequence)
+        for group in (self._holders, self._prefills, self._decodes):
+            _discard(group, sequence)
+        self._num_loading -= sequence.phase is Phase.LOADING
         self.cache.release(sequence.table)
         sequence.num_computed = 0
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
+        self._look = True
+
+
+def _discard(group: list[Sequence], sequence: Sequence) -> None:
+    """Take it out of a list in order of rank, if it is there."""
+    at = bisect_left(group, sequence.rank, key=_rank)
+    if at < len(group) and group[at] is sequence:
+        del group[at]

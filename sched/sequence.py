@@ -7,6 +7,7 @@ from enum import Enum
 
 from jserve.cache.kv_cache import BlockTable
 from jserve.request import FinishReason, SamplingParams
+from jserve.sched.order import Rank
 
 
 class Phase(Enum):
@@ -29,8 +30,8 @@ class Sequence:
     max_tokens_total: int
     """Prompt and output together end here."""
     num_prompt: int = 0
-    arrival: int = 0
-    """Its place in the order of arrival."""
+    rank: Rank = (0.0, 0)
+    """Its place in the order of the queue: the least is first (`order`)."""
     num_computed: int = 0
     """Leading tokens whose KV is in the cache, or will be when the launched steps have run."""
     in_flight: int = 0
@@ -40,6 +41,10 @@ class Sequence:
     finish_reason: FinishReason | None = None
     num_cached: int = -1
     """Prompt tokens found in the cache at first admission; -1 before it."""
+    decode_limit: int = 0
+    """While it decodes: once so many tokens are computed, it needs another block, or has computed its last token."""
+    news_limit: int = 0
+    """With so many known tokens there is more to do than to append one: a full block to publish, or its end."""
 
     @property
     def num_tokens(self) -> int:

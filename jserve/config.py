@@ -14,6 +14,8 @@ from jserve.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Eviction = Literal["lru", "fifo", "lookahead"]
+Order = Literal["fcfs", "flashgen", "priority", "slo", "prefix"]
+Victim = Literal["youngest", "largest", "cheapest"]
 AttentionBackend = Literal["auto", "native", "xla", "pallas"]
 
 
@@ -102,6 +104,12 @@ class SchedConfig:
     None is 256 on CPU, else 2048."""
     max_waiting: int = 1024
     """Requests that may wait; one more is refused with RESOURCE_EXHAUSTED."""
+    order: Order = "flashgen"
+    """Who starts first: fcfs (nobody passes one that does not fit), flashgen (in order of arrival too, but later ones
+    that fit run until it does), priority, slo (least slack until the first token is due), prefix (most of the prompt
+    cached, before at most 64 others)."""
+    victim: Victim = "youngest"
+    """Of those behind in that order, who gives blocks back first: youngest, largest, cheapest (least computed)."""
 
     @property
     def max_open(self) -> int:

@@ -75,7 +75,13 @@ class Engine:
         self.executor = executor
         self.clock = clock or SystemClock()
         self.cache = cache or KVCache(info.device_blocks, info.block_size, reuse=config.cache.prefix_cache)
-        self.scheduler = Scheduler(self.cache, max_running=config.sched.max_running, token_budget=info.token_budget)
+        self.scheduler = Scheduler(
+            self.cache,
+            max_running=config.sched.max_running,
+            token_budget=info.token_budget,
+            order=config.sched.order,
+            victim=config.sched.victim,
+        )
         self._sequences: dict[str, Sequence] = {}
         self._roots: dict[str, bytes] = {}
         self._launched: tuple[StepPlan, LaunchedStep, float, float] | None = None

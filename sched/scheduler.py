@@ -185,13 +185,12 @@ class Scheduler:
         blocks, none that waits could start.
         """
         plan = StepPlan()
-        kept = self._extend_decodes()
+        self._extend_decodes()
         self._start_loaded(plan)
         chunks = _Chunks(self.token_budget - len(self._decodes), deque(self._prefills))
-        if kept:
-            self._look_again()
-            if self._look:
-                self._admit(plan, chunks)
+        self._look_again()
+        if self._look:
+            self._admit(plan, chunks)
         self._plan_prefills(chunks)
         plan.rows = self._plan_decodes()
         plan.num_decodes = plan.num_tokens = len(plan.rows)
@@ -201,7 +200,7 @@ class Scheduler:
                 self._start_decoding(chunk.sequence)
         if not plan.rows:
             return None
-        if max_steps > 1 and kept and not chunks.rows:
+        if max_steps > 1 and not chunks.rows:
             self._jump(plan, max_steps)
         self.stats.steps += plan.steps
         return plan
@@ -245,15 +244,13 @@ class Scheduler:
 
     # --- decodes and prefills -----------------------------------------------------------------------------------
 
-    def _extend_decodes(self) -> bool:
-        """See that every decode has a place for its next token; False if one was preempted for that."""
-        preempted_before = self.stats.preemptions
+    def _extend_decodes(self) -> None:
+        """See that every decode has a place for its next token."""
         for sequence in [s for s in self._decodes if s.num_computed >= s.decode_limit]:
             if sequence.num_computed + 1 >= sequence.max_tokens_total:
                 self._decodes.remove(sequence)  # its last token is in flight
             elif sequence.phase is Phase.RUNNING and self._make_room(sequence, sequence.num_computed + 1):
                 self._set_decode_limit(sequence)
-        return self.stats.preemptions == preempted_before
 
     def _set_decode_limit(self, sequence: Sequence) -> None:
         capacity = len(sequence.table.blocks) * self.cache.block_size
@@ -372,9 +369,11 @@ class Scheduler:
         victims = self._victims(sequence, spare)
         if victims is None:
             return False
-        for victim in victims:
-            self._preempt(victim, sequence)
         if victims:
+            decodes = len(self._decodes)
+            for victim in victims:
+                self._preempt(victim, sequence)
+            chunks.left += decodes - len(self._decodes)
             chunks.pending = deque(s for s in chunks.pending if s.phase is Phase.RUNNING)
         admission = self.cache.admit(sequence.table, sequence.tokens, spare)
         if admission is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,10 @@ from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
 from jserve.doors import EngineInfo
 from jserve.engine import Engine
 from jserve.request import EngineOutput, EngineRequest, SamplingParams
+from jserve.sched.events import Event
 from jserve.sched.plan import StepPlan
 from jserve.simulated import SimulatedClock, SimulatedExecutor, expected_tokens
+from jserve.timeline import Timelines
 
 VOCAB = 97
 
@@ -33,7 +36,27 @@ def make_engine(
         runner=RunnerConfig(overlap=overlap),
     )
     info = EngineInfo("simulated", "simulated", VOCAB, 10_000, block_size, blocks, budget, "none", "simulated", 0, 0)
-    return Engine(config, info, executor, clock)
+    engine = Engine(config, info, executor, clock)
+    engine.timelines = Recorder()
+    return engine
+
+
+class Recorder(Timelines):
+    """Remembers every event too, in the order in which they were told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+
+    def record(self, events: Iterable[Event], time_s: float) -> None:
+        told = list(events)
+        self.events += told
+        super().record(told, time_s)
+
+
+def events_of(engine: Engine) -> list[Event]:
+    assert isinstance(engine.timelines, Recorder)
+    return engine.timelines.events
 
 
 def request(name: str, prompt: list[int], max_tokens: int, **more: Any) -> EngineRequest:
@@ -72,7 +95,7 @@ class Run:
     """For each request, the steps after which its tokens were told."""
     tokens: dict[str, list[int]]
     events: list[tuple[str, str, str | None]]
-    """Kind, request and who caused it: request after request."""
+    """Kind, request and who caused it."""
     preemptions: int
 
     def first(self, name: str) -> int:
@@ -102,8 +125,7 @@ def play(engine: Engine, arrivals: list[Arrival], max_steps: int = 1, limit: int
             _take(run, output, before)
     else:
         raise AssertionError(f"still working after {limit} steps: {engine.stats()}")
-    told = engine.timelines.tell(None, 0.0).timelines
-    run.events = [(moment.kind, timeline.request_id, moment.by) for timeline in told for moment in timeline.moments]
+    run.events = [(event.kind, event.request_id, event.by) for event in events_of(engine)]
     run.preemptions = engine.stats().preemptions
     return run
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from bench.transports import ChatError, Message, Transport, Usage
-from bench.workload import Dialogue, WorkloadError
+from bench.workloads.dialogues import WorkloadError, spoken
+from jserve.simulation.workload import Session
 
 T = TypeVar("T")
 
@@ -79,7 +80,7 @@ class Run:
 
 async def play(
     transport: Transport,
-    dialogues: Sequence[Dialogue],
+    dialogues: Sequence[Session],
     users: int,
     max_tokens: int,
     progress: Callable[[], None] = lambda: None,
@@ -87,10 +88,10 @@ async def play(
     """Play all dialogues with this many users. `progress` is told of each turn's end."""
     turns: list[Turn] = []
 
-    async def whole(dialogue: Dialogue) -> None:
+    async def whole(dialogue: Session) -> None:
         messages: tuple[Message, ...] = ()
-        for index, words in enumerate(dialogue.turns):
-            messages = (*messages, {"role": "user", "content": words})
+        for index, said in enumerate(dialogue.turns):
+            messages = (*messages, {"role": "user", "content": said.text})
             turn = await _say(transport, dialogue.id, index, messages, max_tokens, salt="")
             turns.append(turn)
             messages = (*messages, {"role": "assistant", "content": turn.text})
@@ -175,5 +176,5 @@ def percentile(values: Sequence[float], percent: int) -> float:
 async def warm_up(transport: Transport, users: int, max_tokens: int = 16) -> None:
     """Two turns for each user that are not measured: first calls, first batches and connections cost extra."""
     await play(
-        transport, [Dialogue(f"warm-up {n}", (f"Count to {n + 2}.", "Again.")) for n in range(users)], users, max_tokens
+        transport, [spoken(f"warm-up {n}", (f"Count to {n + 2}.", "Again.")) for n in range(users)], users, max_tokens
     )

@@ -26,8 +26,9 @@ from bench.peer_systems import PEERS, LlamaCpp, Transformers, Vllm
 from bench.servers import Server, ServerError, no_survivors
 from bench.systems import Jserve, Missing, System, bench_flags
 from bench.transports import ChatError
-from bench.workload import Dialogue, Workload, WorkloadError, load
+from bench.workloads.dialogues import WorkloadError, load, part
 from jserve.errors import JserveError
+from jserve.simulation.workload import Session, Workload
 
 DIALOGUES_AT_LEAST = 4
 PEER_NAMES = ("vllm", "transformers", "llama_cpp_f32", "llama_cpp_q4_1")
@@ -52,7 +53,7 @@ def _compare(args: argparse.Namespace) -> int:
         return 1
     contest.show(args.concurrency, args.repeats, console)
     config = {
-        "dialogues": workload.source,
+        "dialogues": workload.name,
         "concurrency": args.concurrency,
         "repeats": args.repeats,
         "dialogues_per_user": args.dialogues_per_user,
@@ -100,7 +101,7 @@ def _measure(contest: Contest, workload: Workload, args: argparse.Namespace, log
         for round_ in range(args.repeats):
             for users in args.concurrency:
                 count = max(DIALOGUES_AT_LEAST, users * args.dialogues_per_user)
-                dialogues = workload.part(used, count)
+                dialogues = part(workload, used, count)
                 used += count
                 for system in contest.systems[:: -1 if round_ % 2 else 1]:
                     bars.update(bar, description=f"round {round_ + 1}, {users} users, {system.name}")
@@ -120,7 +121,7 @@ def _measure(contest: Contest, workload: Workload, args: argparse.Namespace, log
 
 
 def _cell(
-    contest: Contest, system: System, dialogues: Sequence[Dialogue], users: int, args: argparse.Namespace, logs: Path
+    contest: Contest, system: System, dialogues: Sequence[Session], users: int, args: argparse.Namespace, logs: Path
 ) -> Run:
     """One system, one number of users, one round: alone on the machine."""
     server = contest.servers.get(system.name)
@@ -136,7 +137,7 @@ def _cell(
 
 
 async def _played(
-    system: System, server: Server, dialogues: Sequence[Dialogue], users: int, max_tokens: int
+    system: System, server: Server, dialogues: Sequence[Session], users: int, max_tokens: int
 ) -> tuple[Run, float]:
     transport = system.transport()
     try:

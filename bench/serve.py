@@ -24,9 +24,10 @@ from bench.noise import Noise
 from bench.servers import Server, ServerError, grpc_ready, no_survivors
 from bench.systems import Jserve
 from bench.transports import ChatError, JserveTransport
-from bench.workload import Dialogue, Workload, WorkloadError, load
+from bench.workloads.dialogues import WorkloadError, load, part
 from jserve.errors import ConfigError
 from jserve.profiler import read_phases, table
+from jserve.simulation.workload import Session, Workload
 
 DIALOGUES_AT_LEAST = 8
 MEMORY_UNKNOWN = "needs a server that this benchmark started, whose GetStats tells weight_bytes and pool_bytes"
@@ -61,7 +62,7 @@ def _serve(args: argparse.Namespace) -> int:
         return 1
     missing = {} if "resident_over_weights_and_pool" in metrics else {"resident_over_weights_and_pool": MEMORY_UNKNOWN}
     config = {
-        "dialogues": workload.source,
+        "dialogues": workload.name,
         "concurrency": args.concurrency,
         "dialogues_per_user": args.dialogues_per_user,
         "max_tokens": args.max_tokens,
@@ -130,7 +131,7 @@ async def _levels(
     try:
         for users in args.concurrency:
             count = max(DIALOGUES_AT_LEAST, users * args.dialogues_per_user)
-            levels.append(await _level(transport, workload.part(used, count), users, args, bars))
+            levels.append(await _level(transport, part(workload, used, count), users, args, bars))
             used += count
         return levels, await transport.stats()
     finally:
@@ -138,7 +139,7 @@ async def _levels(
 
 
 async def _level(
-    transport: JserveTransport, dialogues: tuple[Dialogue, ...], users: int, args: argparse.Namespace, bars: Progress
+    transport: JserveTransport, dialogues: tuple[Session, ...], users: int, args: argparse.Namespace, bars: Progress
 ) -> Level:
     turns = sum(len(d.turns) for d in dialogues)
     bar = bars.add_task(f"{users} users", total=2 * turns - len(dialogues))
@@ -176,7 +177,7 @@ def _print(levels: list[Level], workload: Workload, console: Console) -> None:
     rows = [[name, *(_metrics(level)[name] for level in levels)] for name in names]
     turns = sum(len(level.played.turns) for level in levels)
     columns = ["", *(f"{level.users} users" for level in levels)]
-    console.print(report.table(f"jserve, {turns} turns of {workload.source}", columns, rows))
+    console.print(report.table(f"jserve, {turns} turns of {workload.name}", columns, rows))
 
 
 def _flags(args: argparse.Namespace) -> list[str]:

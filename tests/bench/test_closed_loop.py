@@ -12,7 +12,8 @@ import pytest
 
 from bench.closed_loop import Run, Turn, percentile, play, replay, warm_up
 from bench.transports import ChatError, OpenAITransport, Usage
-from bench.workload import Dialogue, WorkloadError
+from bench.workloads.dialogues import WorkloadError, spoken
+from jserve.simulation.workload import Session
 
 spec = importlib.util.spec_from_file_location("fake_openai", Path(__file__).with_name("fake_openai.py"))
 assert spec is not None
@@ -21,10 +22,10 @@ fake_openai = sys.modules.setdefault("fake_openai", importlib.util.module_from_s
 spec.loader.exec_module(fake_openai)
 FakeServer, serving = fake_openai.FakeServer, fake_openai.serving
 
-DIALOGUES = tuple(Dialogue(str(n), tuple(f"{n} says {turn}" for turn in range(2 + n % 2))) for n in range(7))
+DIALOGUES = tuple(spoken(str(n), tuple(f"{n} says {turn}" for turn in range(2 + n % 2))) for n in range(7))
 
 
-def played(fake: FakeServer, dialogues: Sequence[Dialogue] = DIALOGUES, users: int = 3) -> Run:
+def played(fake: FakeServer, dialogues: Sequence[Session] = DIALOGUES, users: int = 3) -> Run:
     async def run() -> Run:
         async with serving(fake):
             return await play(OpenAITransport(fake.url, "model", {"ignore_eos": True}), dialogues, users, max_tokens=8)

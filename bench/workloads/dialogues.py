@@ -6,15 +6,16 @@ shapes: {"history": [{"user": ..., "bot": ...}]} or {"messages": [{"role": ..., 
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from jserve.errors import ConfigError
+from jserve.simulation.traces import exchanges, read_text, tokens_of
+from jserve.simulation.workload import Segment, Session, Turn, Workload, contents
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT_FILE = ROOT.parent / "shared" / "data" / "mtbench101.jsonl.gz"
 MIN_TURNS = 2
 MAX_USER_CHARS = 2500
@@ -25,29 +26,21 @@ class WorkloadError(Exception):
     """The dialogues cannot be read, or are too few."""
 
 
-@dataclass(frozen=True)
-class Dialogue:
-    """What one user says, turn by turn. The model under test gives the replies."""
+def part(work: Workload, start: int, count: int) -> tuple[Session, ...]:
+    """`count` dialogues from position `start`. Parts that do not overlap share no history."""
+    if start + count > len(work.sessions):
+        raise WorkloadError(
+            f"{work.name} has {len(work.sessions)} dialogues of at least {MIN_TURNS} turns, and this run needs "
+            f"{start + count}: lower --dialogues-per-user or --repeats, or give a larger file"
+        )
+    return work.sessions[start : start + count]
 
-    id: str
-    turns: tuple[str, ...]
 
-
-@dataclass(frozen=True)
-class Workload:
-    """Dialogues in the order drawn by the seed, and where they came from."""
-
-    source: str
-    dialogues: tuple[Dialogue, ...]
-
-    def part(self, start: int, count: int) -> tuple[Dialogue, ...]:
-        """`count` dialogues from position `start`. Parts that do not overlap share no history."""
-        if start + count > len(self.dialogues):
-            raise WorkloadError(
-                f"{self.source} has {len(self.dialogues)} dialogues of at least {MIN_TURNS} turns, and this run needs "
-                f"{start + count}: lower --dialogues-per-user or --repeats, or give a larger file"
-            )
-        return self.dialogues[start : start + count]
+def spoken(name: str, words: tuple[str, ...], answer_tokens: int = 1) -> Session:
+    """A dialogue of these words of a user's, who needs no time to think."""
+    fresh = contents()
+    turns = (Turn((Segment(next(fresh), tokens_of(text)),), answer_tokens, text=text) for text in words)
+    return Session(name, tuple(turns))
 
 
 def load(path: Path | None, seed: int) -> Workload:
@@ -56,30 +49,35 @@ def load(path: Path | None, seed: int) -> Workload:
         return Workload("the built-in dialogues", _drawn(list(_built_in()), seed))
     path = path or DEFAULT_FILE
     try:
-        lines = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).splitlines()
-        dialogues = [Dialogue(str(n), _user_turns(json.loads(line))) for n, line in enumerate(lines) if line.strip()]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        lines = read_text(path).splitlines()
+        dialogues = [spoken(str(n), _user_turns(line)) for n, line in enumerate(lines) if line.strip()]
+    except ConfigError as error:
+        raise WorkloadError(str(error)) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise WorkloadError(
-            f"{path} is not JSON lines of dialogues ({error}): see bench/workload.py for the two shapes"
+            f"{path} is not JSON lines of dialogues ({error}): see bench/workloads/dialogues.py for the two shapes"
         ) from error
     return Workload(path.name, _drawn(dialogues, seed))
 
 
-def _drawn(dialogues: list[Dialogue], seed: int) -> tuple[Dialogue, ...]:
+def words(session: Session) -> tuple[str, ...]:
+    """What the user says, turn by turn."""
+    return tuple(turn.text for turn in session.turns)
+
+
+def _drawn(dialogues: list[Session], seed: int) -> tuple[Session, ...]:
     """The usable ones, each text once, shuffled."""
-    usable = {d.turns: d for d in dialogues if len(d.turns) >= MIN_TURNS and sum(map(len, d.turns)) <= MAX_USER_CHARS}
+    usable = {words(d): d for d in dialogues if len(d.turns) >= MIN_TURNS and sum(map(len, words(d))) <= MAX_USER_CHARS}
     drawn = list(usable.values())
     random.Random(seed).shuffle(drawn)
     return tuple(drawn)
 
 
-def _user_turns(record: dict[str, Any]) -> tuple[str, ...]:
-    if "history" in record:
-        return tuple(str(turn["user"]) for turn in record["history"])
-    return tuple(str(message["content"]) for message in record["messages"] if message["role"] == "user")
+def _user_turns(line: str) -> tuple[str, ...]:
+    return tuple(user for user, _ in exchanges(json.loads(line)))
 
 
-def _built_in() -> Iterator[Dialogue]:
+def _built_in() -> Iterator[Session]:
     """Small talk that needs no file: every topic through every line of questions."""
     topics = (
         "bread", "bicycles", "the Moon", "chess", "coffee", "volcanoes", "libraries", "whales", "bridges", "gardens",
@@ -104,4 +102,4 @@ def _built_in() -> Iterator[Dialogue]:
     )
     for topic in topics:
         for n, line in enumerate(lines):
-            yield Dialogue(f"{topic}-{n}", tuple(turn.format(topic) for turn in line))
+            yield spoken(f"{topic}-{n}", tuple(turn.format(topic) for turn in line))

@@ -1,0 +1,215 @@
+"""The timed world behind the engine's doors: steps and copies take the time that a cost model says, and do nothing.
+
+Nothing is computed and nothing is copied, so that a simulated second costs little; `jserve.simulated` has the doors
+that check contents. The engine, the scheduler and the cache in front of them are the production ones.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+from jserve.cache.cost import CostModel, LinkCost
+from jserve.cache.transfer import Completion
+from jserve.doors import StepResult
+from jserve.sched.plan import StepPlan
+from jserve.sched.sequence import Sequence as Running
+
+_OUTPUT = 1 << 30
+"""Sampled tokens are above all contents, and of one value for each request: no two answers are the same text."""
+VOCAB_SIZE = 1 << 30
+"""Contents of prompts stay below it; the engine is told twice as much."""
+
+
+_NO_PHASE = nullcontext()
+
+
+class TimedClock:
+    """Simulated time. To wait is to go on to the next thing that happens: there is no other."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+        self.alarms: list[Callable[[], float]] = []
+        """Each tells when its next thing happens; infinite for never."""
+
+    def now(self) -> float:
+        return self._now_s
+
+    def advance_to(self, time_s: float) -> None:
+        self._now_s = max(self._now_s, time_s)
+
+    def wait(self, seconds: float) -> None:
+        """Until the next alarm, however far; so many seconds if there is none."""
+        following = min((alarm() for alarm in self.alarms), default=math.inf)
+        self._now_s = max(self._now_s, following) if following < math.inf else self._now_s + seconds
+
+
+@dataclass(slots=True)
+class StepTime:
+    """What a step takes, from the numbers of a cost model.
+
+    Decodes alone take their model's time, or that of the linear layers' arithmetic if it is more. In a batch with
+    prefill chunks all tokens go through the linear layers together: reading the weights hides behind the arithmetic or
+    the other way round, and attention comes on top of that (limits, 6.2 and 6.3; chunked prefill, Sarathi-Serve).
+    """
+
+    cost: CostModel
+
+    def seconds(self, plan: StepPlan) -> float:
+        decode, prefill = self.cost.decode, self.cost.prefill
+        decodes, rows = plan.num_decodes, plan.rows
+        context = sum(row.start for row in rows[:decodes]) + decodes if decodes else 0
+        if decodes == len(rows):
+            return self.decode_s(decodes, context, plan.steps)
+        tokens = sum(row.count for row in rows)
+        pairs = sum(row.count * (row.start + row.count / 2) for row in rows[decodes:])
+        linear_s = max(decode.overhead_s, prefill.overhead_s + prefill.per_token_s * tokens)
+        return linear_s + prefill.per_pair_s * pairs + decode.per_context_token_s * context
+
+    def decode_s(self, sequences: int, context: int, steps: int = 1) -> float:
+        """`steps` decode steps in a row, from `context` tokens of all sequences together on."""
+        decode = self.cost.decode
+        floor_s = self.cost.prefill.per_token_s * sequences
+        first_s = decode.seconds(sequences, context)
+        if first_s >= floor_s:
+            return steps * first_s + decode.per_context_token_s * sequences * steps * (steps - 1) / 2
+        return sum(max(floor_s, decode.seconds(sequences, context + sequences * i)) for i in range(steps))
+
+
+@dataclass(slots=True)
+class TimedStep:
+    clock: TimedClock
+    end_s: float
+    tokens: list[int]
+    pack_s: float = 0.0
+
+    def read(self) -> StepResult:
+        self.clock.advance_to(self.end_s)
+        return StepResult(self.tokens)
+
+
+class TimedExecutor:
+    """Takes as long as the cost model says, and samples tokens that mean nothing."""
+
+    compiles_after_warmup = 0
+    shares_cores = False
+
+    def __init__(self, clock: TimedClock, step_time: StepTime, host_s: float = 0.0) -> None:
+        """`host_s`: what the engine's own Python takes a step, where it is not hidden."""
+        self._clock, self._step_time, self._host_s = clock, step_time, host_s
+        self._busy_until_s = 0.0
+        self.last_s = 0.0
+        """What the newest plan takes."""
+        self.busy_s = 0.0
+        """What all plans have taken."""
+        self.on_launch: Callable[[StepPlan, float], None] = lambda plan, seconds: None
+
+    def launch(self, plan: StepPlan) -> TimedStep:
+        seconds = self._step_time.seconds(plan) + self._host_s * plan.steps
+        self.last_s = seconds
+        self.busy_s += seconds
+        self._busy_until_s = max(self._busy_until_s, self._clock.now()) + seconds
+        tokens: list[int] = []
+        steps = plan.steps
+        for row in plan.rows:
+            if row.samples:
+                tokens += [_OUTPUT + row.sequence.arrival] * steps
+        self.on_launch(plan, seconds)
+        return TimedStep(self._clock, self._busy_until_s, tokens)
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        return _NO_PHASE
+
+    def steps_until(self, running: Sequence[Running], due_s: float, most: int) -> int:
+        """Decode steps of these until one of them ends after `due_s`: whoever comes then waits for no other."""
+        if due_s == math.inf:
+            return most
+        left_s = due_s - self._clock.now()
+        count = len(running)
+        if left_s <= 0 or not count:
+            return 1
+        context = sum(sequence.num_computed for sequence in running)
+        first_s = self._step_time.decode_s(count, context + count) + self._host_s
+        steps = min(most, math.ceil(left_s / first_s))
+        # Later steps take longer, so that fewer may do.
+        while steps > 1 and self._step_time.decode_s(count, context + count, steps - 1) >= left_s:
+            steps -= 1
+        return max(1, steps)
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+
+@dataclass(slots=True)
+class _Link:
+    """Copies in one direction, one after the other."""
+
+    cost: LinkCost
+    free_s: float = 0.0
+
+    def start(self, now_s: float, num_bytes: float, copies: float) -> float:
+        """When a copy that is asked for now ends."""
+        self.free_s = max(self.free_s, now_s) + self.cost.seconds(num_bytes, copies)
+        return self.free_s
+
+
+@dataclass(order=True, slots=True)
+class _Copy:
+    end_s: float
+    ticket: int
+    start_s: float = field(compare=False)
+    num_bytes: int = field(compare=False)
+
+
+class TimedTransfer:
+    """Copies that take their time: a queue each way on the link, and one each for reading and writing on disk."""
+
+    def __init__(self, clock: TimedClock, cost: CostModel) -> None:
+        self._clock, self._block_bytes, self._blocks_per_copy = clock, cost.block_bytes, cost.blocks_per_copy
+        self._out, self._in = _Link(cost.device_to_host), _Link(cost.host_to_device)
+        self._reading, self._writing = _Link(cost.disk_read), _Link(cost.disk_write)
+        self._copies: list[_Copy] = []
+        self._cancelled: set[int] = set()
+        clock.alarms.append(self._next_s)
+
+    def store(self, ticket: int, blocks: list[int], host_slots: list[int]) -> None:
+        self._start(self._out, ticket, len(blocks), len(blocks) / self._blocks_per_copy)
+
+    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> None:
+        self._start(self._in, ticket, len(blocks), len(blocks) / self._blocks_per_copy)
+
+    def write(self, ticket: int, host_slot: int, key: bytes) -> None:
+        self._start(self._writing, ticket, 1, 1)
+
+    def read(self, ticket: int, key: bytes, host_slot: int) -> None:
+        self._start(self._reading, ticket, 1, 1)
+
+    def delete(self, key: bytes) -> None:
+        """Takes no time."""
+
+    def cancel(self, ticket: int) -> None:
+        self._cancelled.add(ticket)
+
+    def poll(self) -> list[Completion]:
+        now_s, ended = self._clock.now(), []
+        while self._copies and self._copies[0].end_s <= now_s:
+            copy = heapq.heappop(self._copies)
+            if copy.ticket in self._cancelled:
+                self._cancelled.remove(copy.ticket)
+            else:
+                ended.append(Completion(copy.ticket, seconds=copy.end_s - copy.start_s, num_bytes=copy.num_bytes))
+        return ended
+
+    def close(self) -> None:
+        self._copies.clear()
+
+    def _start(self, link: _Link, ticket: int, blocks: int, copies: float) -> None:
+        now_s, num_bytes = self._clock.now(), blocks * self._block_bytes
+        end_s = link.start(now_s, num_bytes, copies)
+        heapq.heappush(self._copies, _Copy(end_s, ticket, now_s, num_bytes))
+
+    def _next_s(self) -> float:
+        return self._copies[0].end_s if self._copies else math.inf

@@ -1,0 +1,237 @@
+"""The simulator: the production engine, scheduler and cache over timed doors, on hardware described by numbers.
+
+It is deterministic: the same work, system and settings give the same result to the last digit. Where nothing can
+change for some decode steps, they are planned at once (`Scheduler.schedule`), which is what makes it quick.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from jserve.cache.cost import CostModel, restore_strategy
+from jserve.cache.disk_tier import DiskTier
+from jserve.cache.hierarchy import TieredCache
+from jserve.cache.host_tier import HostTier
+from jserve.cache.kv_cache import KVCache
+from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
+from jserve.doors import EngineInfo
+from jserve.engine import Engine
+from jserve.errors import ConfigError
+from jserve.progress import Progress
+from jserve.sched.plan import StepPlan
+from jserve.simulation.doors import VOCAB_SIZE, StepTime, TimedClock, TimedExecutor, TimedTransfer
+from jserve.simulation.playing import Played, Span, play
+from jserve.simulation.profiles import Hardware, ModelShape, cost_model, device_blocks
+from jserve.simulation.workload import Users, Workload
+
+MOST_STEPS_AT_ONCE = 64
+"""More would hold up write-through, which copies once a plan."""
+SAMPLES = 2048
+
+
+@dataclass(frozen=True)
+class System:
+    """What is simulated: a model on devices with memory below them, and the engine's settings."""
+
+    cost: CostModel
+    """The truth: what steps and copies take. The engine's own decisions get a copy, which it corrects as it does in
+    production."""
+    device_blocks: int
+    model: str
+    hardware: str
+    config: EngineConfig
+    max_model_len: int
+    weight_bytes: int = 0
+    token_budget: int = 2048
+    host_s: float = 0.0
+    """What the engine's Python adds to each step."""
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return self.cost.block_bytes / self.cost.block_tokens
+
+    def blocks_of(self, gib: float) -> int:
+        return int(gib * 2**30) // self.cost.block_bytes
+
+
+def system(
+    gpu: Hardware,
+    model: ModelShape,
+    *,
+    tp: int = 1,
+    bytes_per_number: int = 2,
+    max_model_len: int | None = None,
+    cache: CacheConfig | None = None,
+    sched: SchedConfig | None = None,
+) -> System:
+    """A model on `tp` devices. ConfigError if it does not fit."""
+    cache, sched = cache or CacheConfig(), sched or SchedConfig()
+    block = cache.block_size or 16
+    blocks = cache.device_blocks or device_blocks(
+        gpu,
+        model,
+        tp=tp,
+        block_tokens=block,
+        bytes_per_number=bytes_per_number,
+        memory_fraction=cache.memory_fraction,
+    )
+    config = EngineConfig(
+        model=model.name, tp=tp, cache=cache, sched=sched, runner=RunnerConfig(overlap=False), max_model_len=None
+    )
+    return System(
+        cost_model(gpu, model, tp=tp, block_tokens=block, bytes_per_number=bytes_per_number),
+        blocks,
+        model.title,
+        f"{tp} x {gpu.title}",
+        config,
+        max_model_len or model.context,
+        int(model.weight_bytes(bytes_per_number)),
+        sched.token_budget or 2048,
+    )
+
+
+def build(described: System) -> tuple[Engine, TimedExecutor]:
+    """The production engine over timed doors."""
+    clock = TimedClock()
+    config = described.config
+    executor = TimedExecutor(clock, StepTime(described.cost), described.host_s)
+    info = EngineInfo(
+        model=described.model,
+        fingerprint="simulated",
+        vocab_size=2 * VOCAB_SIZE,
+        max_model_len=described.max_model_len,
+        block_size=described.cost.block_tokens,
+        device_blocks=described.device_blocks,
+        token_budget=described.token_budget,
+        dtype=str(config.dtype),
+        backend=f"simulated/{described.hardware}",
+        weight_bytes=described.weight_bytes,
+        pool_bytes=described.device_blocks * described.cost.block_bytes,
+    )
+    return Engine(config, info, executor, clock, _cache(described, clock)), executor
+
+
+def _cache(described: System, clock: TimedClock) -> KVCache:
+    """As `jserve.tiers.build_cache` makes it, over timed copies."""
+    said, block = described.config.cache, described.cost.block_tokens
+    if not said.host_gib:
+        return KVCache(described.device_blocks, block, reuse=said.prefix_cache)
+    host_blocks = described.blocks_of(said.host_gib)
+    if host_blocks < 1:
+        raise ConfigError(f"cache.host_gib is {said.host_gib}, less than one block: use more")
+    disk = None
+    if said.disk_dir is not None:
+        disk = DiskTier(described.blocks_of(said.disk_gib), said.eviction)
+    longest = -(-described.max_model_len // block)
+    staging = longest if said.staging_gib is None else described.blocks_of(said.staging_gib)
+    cost = copy.deepcopy(described.cost)
+    return TieredCache(
+        described.device_blocks,
+        block,
+        TimedTransfer(clock, described.cost),
+        HostTier(host_blocks, said.eviction),
+        disk,
+        cost=cost,
+        strategy=restore_strategy(said.restore),
+        staging_blocks=min(staging, host_blocks),
+        wait_limit_s=said.load_timeout_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The engine over a stretch of time, in its mean."""
+
+    time_s: float
+    """The end of the stretch."""
+    span_s: float
+    held: float
+    """Share of the device's blocks that requests hold."""
+    cached: float
+    """Share whose KV is kept for nobody in particular."""
+    running: float
+    waiting: float
+
+
+@dataclass
+class Gauges:
+    """Means over simulated time, kept as samples whose number is bounded: when there are too many, pairs are joined."""
+
+    engine: Engine
+    samples: list[Sample] = field(default_factory=list)
+    _span_s: float = 0.0
+
+    def see(self, plan: StepPlan, seconds: float) -> None:
+        pool, scheduler = self.engine.cache.pool, self.engine.scheduler
+        blocks = pool.num_blocks
+        held, cached = (blocks - pool.num_free) / blocks, pool.num_reclaimable / blocks
+        now_s = self.engine.clock.now() + seconds
+        new = Sample(now_s, seconds, held, cached, len(plan.rows), len(scheduler.waiting))
+        last = self.samples[-1] if self.samples else None
+        if last is not None and last.span_s + seconds <= self._span_s:
+            self.samples[-1] = _joined(last, new)
+        else:
+            self.samples.append(new)
+        if len(self.samples) > SAMPLES:
+            pairs = zip(self.samples[::2], self.samples[1::2], strict=False)
+            self.samples = [_joined(a, b) for a, b in pairs]
+            self._span_s = 2 * max(self._span_s, self.engine.clock.now() / SAMPLES / 2)
+
+    def mean(self, name: str, since_s: float = 0.0) -> float:
+        """Over the time in which a step ran."""
+        counted = [sample for sample in self.samples if sample.time_s > since_s]
+        spans = sum(sample.span_s for sample in counted)
+        return sum(getattr(s, name) * s.span_s for s in counted) / spans if spans else 0.0
+
+
+def _joined(a: Sample, b: Sample) -> Sample:
+    span = a.span_s + b.span_s
+    means = (
+        (getattr(a, name) * a.span_s + getattr(b, name) * b.span_s) / span if span else 0.0
+        for name in ("held", "cached", "running", "waiting")
+    )
+    return Sample(b.time_s, span, *means)
+
+
+@dataclass
+class Simulated:
+    """A run in simulated time."""
+
+    system: System
+    played: Played
+    gauges: Gauges
+    busy_s: float
+    """Simulated time in which a step ran."""
+
+
+def simulate(
+    described: System,
+    work: Workload,
+    *,
+    span: Span | None = None,
+    progress: Progress | None = None,
+    most_steps: int = MOST_STEPS_AT_ONCE,
+    watch: Callable[[Engine], None] = lambda engine: None,
+) -> Simulated:
+    """Play the work on the system. ConfigError if one of its calls can never run there."""
+    engine, executor = build(described)
+    gauges = Gauges(engine)
+    executor.on_launch = gauges.see
+    users = Users(work, VOCAB_SIZE)
+    clock = engine.clock
+    assert isinstance(clock, TimedClock)
+    clock.alarms.append(lambda: users.next_s)
+    watch(engine)
+
+    def look_ahead(engine: Engine, due_s: float) -> int:
+        return executor.steps_until(engine.scheduler.running, due_s, most_steps)
+
+    played = play(engine, work, span=span, progress=progress, look_ahead=look_ahead, users=users)
+    return Simulated(described, played, gauges, executor.busy_s)
+
+
+def with_policies(described: System, cache: CacheConfig, sched: SchedConfig) -> System:
+    """The same model and devices under other settings; the pool keeps its size."""
+    return replace(described, config=replace(described.config, cache=cache, sched=sched))

@@ -178,8 +178,9 @@ class TimedTransfer:
     def store(self, ticket: int, blocks: list[int], host_slots: list[int]) -> None:
         self._start(self._out, ticket, len(blocks), len(blocks) / self._blocks_per_copy)
 
-    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> None:
+    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> bool:
         self._start(self._in, ticket, len(blocks), len(blocks) / self._blocks_per_copy)
+        return False
 
     def write(self, ticket: int, host_slot: int, key: bytes) -> None:
         self._start(self._writing, ticket, 1, 1)

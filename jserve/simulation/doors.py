@@ -150,17 +150,18 @@ class _Link:
     cost: LinkCost
     free_s: float = 0.0
 
-    def start(self, now_s: float, num_bytes: float, copies: float) -> float:
-        """When a copy that is asked for now ends."""
-        self.free_s = max(self.free_s, now_s) + self.cost.seconds(num_bytes, copies)
-        return self.free_s
+    def start(self, now_s: float, num_bytes: float, copies: float) -> tuple[float, float]:
+        """When a copy that is asked for now ends, and what it takes once its turn has come."""
+        seconds = self.cost.seconds(num_bytes, copies)
+        self.free_s = max(self.free_s, now_s) + seconds
+        return self.free_s, seconds
 
 
 @dataclass(order=True, slots=True)
 class _Copy:
     end_s: float
     ticket: int
-    start_s: float = field(compare=False)
+    seconds: float = field(compare=False)
     num_bytes: int = field(compare=False)
 
 
@@ -201,7 +202,7 @@ class TimedTransfer:
             if copy.ticket in self._cancelled:
                 self._cancelled.remove(copy.ticket)
             else:
-                ended.append(Completion(copy.ticket, seconds=copy.end_s - copy.start_s, num_bytes=copy.num_bytes))
+                ended.append(Completion(copy.ticket, seconds=copy.seconds, num_bytes=copy.num_bytes))
         return ended
 
     def close(self) -> None:
@@ -209,8 +210,8 @@ class TimedTransfer:
 
     def _start(self, link: _Link, ticket: int, blocks: int, copies: float) -> None:
         now_s, num_bytes = self._clock.now(), blocks * self._block_bytes
-        end_s = link.start(now_s, num_bytes, copies)
-        heapq.heappush(self._copies, _Copy(end_s, ticket, now_s, num_bytes))
+        end_s, seconds = link.start(now_s, num_bytes, copies)
+        heapq.heappush(self._copies, _Copy(end_s, ticket, seconds, num_bytes))
 
     def _next_s(self) -> float:
         return self._copies[0].end_s if self._copies else math.inf

@@ -199,6 +199,8 @@ class Reach:
     """Time until it can be dispatched at the earliest, which hides reads from disk."""
     staging_room_blocks: int = 1 << 60
     """Host blocks that staging may still take."""
+    others: int = 0
+    """Requests that wait for the device while this one is computed on it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.device_blocks <= self.host_blocks <= self.disk_blocks:
@@ -275,23 +277,26 @@ class _Outlook:
         load_s, compute_s = self.load_s(split), self.compute_s(split)
         return self.reach.hidden_s + (max(load_s, compute_s) if self.layerwise else load_s + compute_s)
 
+    def delay_s(self, split: int) -> float:
+        """What all together wait: the request itself, and those beside it for the device's time that it takes."""
+        return self.ttft_s(split) + self.reach.others * self.compute_s(split)
+
     def best_split(self, most: int) -> int:
-        """The split up to `most` blocks with the least time to first token; of equal ones the longest load.
+        """The split up to `most` blocks with the least delay; of equal ones the longest load.
 
         compute(x) is concave and falls, load(x) is linear but for two corners: at the host's reach, and where the
         disk part is no longer hidden. So the sum is least at an end or a corner, and the maximum (a falling against
         a rising function) where the two meet.
         """
         reach = self.reach
+        hidden = reach.host_blocks
+        if self._disk_s > 0:
+            hidden += math.floor(min(reach.hidden_s / self._disk_s, most))
+        corners = {reach.device_blocks, reach.host_blocks, hidden, hidden + 1, most}
         if self.layerwise:
             meeting = self._meeting(reach.device_blocks, most)
-            corners = {max(reach.device_blocks, meeting - 1), meeting}
-        else:
-            hidden = reach.host_blocks
-            if self._disk_s > 0:
-                hidden += math.floor(min(reach.hidden_s / self._disk_s, most))
-            corners = {reach.device_blocks, reach.host_blocks, hidden, hidden + 1, most}
-        return min((x for x in corners if x <= most), key=lambda x: (self.ttft_s(x), -x))
+            corners |= {max(reach.device_blocks, meeting - 1), meeting}
+        return min((x for x in corners if x <= most), key=lambda x: (self.delay_s(x), -x))
 
     def _meeting(self, low: int, high: int) -> int:
         """The first split at which loading takes as long as computing; `high` if none."""

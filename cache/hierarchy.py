@@ -164,7 +164,8 @@ class TieredCache(KVCache):
         keys = restore.table.keys
         device, host, disk = self._reaches(keys, min(self._most_blocks(restore.num_tokens), len(keys)))
         room = max(0, self.staging_blocks - self._staged)
-        plan = self.strategy(self.cost, Reach(restore.num_tokens, device, host, disk, waiting, hidden_s, room))
+        reach = Reach(restore.num_tokens, device, host, disk, waiting, hidden_s, room, others=waiting)
+        plan = self.strategy(self.cost, reach)
         restore.split = device + plan.load_host_blocks + plan.stage_disk_blocks
         restore.wanted = restore.split + plan.deferred_disk_blocks
         restore.above_disk = min(restore.above_disk, host)
@@ -288,11 +289,15 @@ class TieredCache(KVCache):
         self._staged -= blocks
 
     def _stage_deferred(self) -> None:
-        for restore in list(self._deferred):
+        if not self._deferred or self._staged >= self.staging_blocks:
+            return
+        hidden_s = 0.0
+        for waiting, restore in enumerate(list(self._restores)):
+            if restore in self._deferred and self._advance(restore):
+                self._decide(restore, max(1, waiting), hidden_s)
             if self._staged >= self.staging_blocks:
                 return
-            if self._advance(restore):
-                self._decide(restore, waiting=1, hidden_s=0.0)
+            hidden_s += restore.prefill_s
 
     # --- admission: loading -------------------------------------------------------------------------------------
 

@@ -272,6 +272,26 @@ def test_no_other_split_is_better(model: CostModel, reach: Reach, layerwise: boo
 
 
 @settings(max_examples=300, deadline=None)
+@given(MODELS, REACHES, st.booleans(), st.integers(1, 50))
+def test_where_others_wait_no_split_delays_all_together_less(
+    model: CostModel, reach: Reach, layerwise: bool, others: int
+) -> None:
+    plan = by_cost(model, replace(reach, others=others), layerwise=layerwise)
+    most = min(reach.disk_blocks, reach.host_blocks + reach.staging_room_blocks)
+
+    def delay_s(x: int) -> float:
+        read_s = max(0.0, model.stage_s(max(0, x - reach.host_blocks)) - reach.hidden_s)
+        load_s = read_s + model.load_s(x - reach.device_blocks)
+        compute_s = model.prefill.seconds(reach.prompt_tokens - 16 * x, 16 * x)
+        ttft_s = reach.hidden_s + (max(load_s, compute_s) if layerwise else load_s + compute_s)
+        return ttft_s + others * compute_s
+
+    best = min(delay_s(x) for x in range(reach.device_blocks, most + 1))
+    assert delay_s(reach.device_blocks + split(plan)) == pytest.approx(best, rel=1e-9, abs=1e-12)
+    assert plan.recompute_tokens <= by_cost(model, reach, layerwise=layerwise).recompute_tokens
+
+
+@settings(max_examples=300, deadline=None)
 @given(MODELS, REACHES, st.booleans(), st.integers(2, 10))
 def test_a_faster_disk_never_makes_more_tokens_computed(
     model: CostModel, reach: Reach, layerwise: bool, times: int

@@ -72,3 +72,11 @@ class BlockPool:
                     self._reclaimable[block] = None
                 else:
                     self._blank.append(block)
+
+    def blank(self, blocks: Iterable[int]) -> None:
+        """Forget the KV of those that nobody holds: they are as if never used."""
+        for block in blocks:
+            if block in self._reclaimable:
+                del self._reclaimable[block]
+                self._index.forget(block)
+                self._blank.append(block)

@@ -123,12 +123,15 @@ class TieredCache(KVCache):
         staging_blocks: int,
         store_budget: int = 16,
         wait_limit_s: float = 10.0,
+        device_reuse: bool = True,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         super().__init__(num_blocks, block_size)
         self.transfer, self.host, self.disk = transfer, host, disk
         self.cost, self.strategy = cost, strategy
         self.staging_blocks, self.store_budget, self.wait_limit_s = staging_blocks, store_budget, wait_limit_s
+        self.device_reuse = device_reuse
+        """Whether the device keeps the KV of those that have released it."""
         self.tier_stats = TierStats()
         self._note = note
         self._next_ticket = 0
@@ -384,7 +387,13 @@ class TieredCache(KVCache):
 
     def release(self, table: BlockTable) -> None:
         self._settle(table)
+        if self.device_reuse:
+            super().release(table)
+            return
+        self._store_missing(table)
+        blocks = table.blocks
         super().release(table)
+        self.pool.blank(blocks)
 
     def _settle(self, table: BlockTable) -> None:
         """The one end of every restore, in whatever state: nothing stays pinned, promised or awaited."""
@@ -450,14 +459,19 @@ class TieredCache(KVCache):
         if keys:
             self.transfer.store(self._ticket(_Store(keys)), sources, slots)
 
-    def swap_out(self, table: BlockTable, num_blocks: int = 0) -> int:
-        self._settle(table)
+    def _store_missing(self, table: BlockTable) -> None:
+        """Copy to the host what it lacks of the table's full blocks, whatever the budget says."""
         keys, full = table.keys, table.num_published
         self._store(
             (keys[i], keys[i - 1] if i else None, table.blocks[i])
             for i in range(self.host.reach(keys, full), full)
             if keys[i] not in self.host
         )
+
+    def swap_out(self, table: BlockTable, num_blocks: int = 0) -> int:
+        self._settle(table)
+        keys, full = table.keys, table.num_published
+        self._store_missing(table)
         self.truncate(table, num_blocks)
         kept = self.host.reach(keys, full)
         table.restore = restore = Restore(table, 0, split=kept, wanted=kept, next_read=kept)

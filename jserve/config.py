@@ -39,6 +39,9 @@ class CacheConfig:
     """Share of the free device memory that the pool may take when `device_blocks` is None."""
     prefix_cache: bool = True
     """Reuse the KV of earlier requests with the same prefix."""
+    device_reuse: bool = True
+    """With a host tier: keep the KV of ended requests on the device too, until its room is needed. Without it only the
+    tiers below keep histories (CachedAttention)."""
     host_gib: float = 0.0
     """Host memory for KV that the device has no room for, in GiB; 0 is none."""
     disk_dir: str | None = None

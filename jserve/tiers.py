@@ -49,6 +49,7 @@ def build_cache(config: EngineConfig, runner: Runner, progress: Progress) -> KVC
         strategy=restore_strategy(said.restore),
         staging_blocks=min(staging, host_blocks),
         wait_limit_s=said.load_timeout_s,
+        device_reuse=said.device_reuse,
         note=progress.note,
     )
 

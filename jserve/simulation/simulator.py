@@ -137,6 +137,7 @@ def _cache(described: System, clock: TimedClock) -> KVCache:
         strategy=restore_strategy(said.restore),
         staging_blocks=min(staging, host_blocks),
         wait_limit_s=said.load_timeout_s,
+        device_reuse=said.device_reuse,
     )
 
 

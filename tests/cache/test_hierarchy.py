@@ -55,6 +55,7 @@ class World:
         max_running: int = 4,
         wait_limit_s: float = 5.0,
         store_budget: int = 16,
+        device_reuse: bool = True,
     ) -> None:
         self.clock = SimulatedClock()
         self.notes: list[str] = []
@@ -71,6 +72,7 @@ class World:
             staging_blocks=staging,
             wait_limit_s=wait_limit_s,
             store_budget=store_budget,
+            device_reuse=device_reuse,
             note=self.notes.append,
         )
         info = EngineInfo("simulated", "simulated", VOCAB, 1000, BLOCK, device, 16, "none", "simulated", 0, 0)
@@ -125,6 +127,16 @@ def test_a_history_that_left_the_device_comes_back_from_the_host() -> None:
     assert world.cached["again"] == 32
     assert world.cache.tier_stats.host_hit_tokens + world.cache.tier_stats.device_hit_tokens == 32
     assert world.cache.tier_stats.host_hit_tokens > 0
+    world.check_nothing_is_held()
+
+
+def test_a_device_that_keeps_nothing_gets_every_history_from_the_host() -> None:
+    world = World(disk_blocks=None, device_reuse=False, store_budget=1)
+    first = world.ask("first", prompt_of(0, 30))
+    assert world.cache.pool.num_reclaimable == 0
+    world.ask("again", first)
+    assert world.cached["again"] == 32
+    assert world.cache.tier_stats.host_hit_tokens == 32
     world.check_nothing_is_held()
 
 

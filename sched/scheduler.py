@@ -312,14 +312,18 @@ class Scheduler:
     def _admit(self, plan: StepPlan, chunks: _Chunks) -> None:
         """Start waiting requests in order of rank, past those that do not fit if the order allows that."""
         self._look = False
+        first = self._queue.first()
+        if first is None or not (self._free_slots or self._holders[-1].rank > first.rank):
+            return
         skipped: list[tuple[Sequence, int]] = []
-        rooms = self._rooms()
+        ahead = self._ahead(first)
+        rooms = self._rooms(ahead)
         room = rooms[0]
         while len(skipped) < LOOKS_PER_STEP:
             sequence = self._queue.first_fitting(room) if self.order.passes else self._queue.first()
             if sequence is None:
                 break
-            need, room = self._queue.need(sequence), rooms[self._ahead(sequence)]
+            need, room = self._queue.need(sequence), rooms[self._ahead(sequence) - ahead]
             if need > room:
                 if self.order.passes:
                     continue  # those behind it have no more room than it has
@@ -330,8 +334,9 @@ class Scheduler:
                 break
             self._queue.remove(sequence)
             if self._admit_one(plan, chunks, sequence, skipped):
-                rooms = self._rooms()
-                room = rooms[self._ahead(sequence)]
+                ahead = self._ahead(sequence)
+                rooms = self._rooms(ahead)
+                room = rooms[0]
             else:
                 skipped.append((sequence, self.cache.need(sequence.table, sequence.tokens, sequence)))
                 if not self.order.passes:
@@ -345,12 +350,12 @@ class Scheduler:
         """Holders of blocks that rank before it, or are it."""
         return bisect_right(self._holders, sequence.rank, key=_rank)
 
-    def _rooms(self) -> list[int]:
-        """For one with so many holders of blocks ahead: the blocks that it could have at most, or -1 if no slot.
+    def _rooms(self, ahead: int) -> list[int]:
+        """For those with so many holders of blocks ahead, one more, and so on: the blocks that they could have at most.
 
-        That is the free ones and all of those behind it, whose slots it can have too, but one for each ahead.
+        That is the free ones and all of those behind, whose slots they can have too, but one for each ahead; or -1.
         """
-        behind = [0, *accumulate(len(sequence.table.blocks) for sequence in reversed(self._holders))]
+        behind = [0, *accumulate(len(sequence.table.blocks) for sequence in reversed(self._holders[ahead:]))]
         free, most = self.cache.pool.num_free, len(self._holders)
         rooms = [free + blocks - (most - i) for i, blocks in enumerate(behind)]
         if not self._free_slots:
@@ -459,15 +464,12 @@ class Scheduler:
                 if self._take(row.sequence, new := [*tokens[i * steps : (i + 1) * steps]])
             ]
         news = []
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            sequence = row.sequence
+        i = -1  # counted by hand: this loop is most of what a step costs
+        for row, token in zip(rows, tokens, strict=True):
+            i += 1
+            sequence, new = row.sequence, [token]
             known = sequence.tokens
-            new = [token]
-            if (
-                len(known) + 1 < sequence.news_limit
-                and sequence.phase is Phase.RUNNING
-                and token not in sequence.stop_token_ids
-            ):
+            if len(known) < sequence.news_limit and token not in sequence.stop_token_ids:
                 known.append(token)
                 sequence.in_flight -= 1
             elif not self._take(sequence, new):
@@ -480,18 +482,19 @@ class Scheduler:
         if sequence.phase is Phase.FINISHED:
             self.stats.overrun_tokens += len(new)
             return False
-        if sequence.num_output == 0:
+        known = sequence.tokens
+        if len(known) == sequence.num_prompt:
             self._tell(EventKind.FIRST_TOKEN, sequence)
         sequence.in_flight -= len(new)
-        sequence.tokens += new
+        known += new
         if new[-1] in sequence.stop_token_ids and sequence.num_output > sequence.sampling.min_tokens:
             self._finish(sequence, "stop")
-        elif len(sequence.tokens) >= sequence.max_tokens_total:
+        elif len(known) >= sequence.max_tokens_total:
             self._finish(sequence, "length")
         elif sequence.phase is Phase.RUNNING:
-            self.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
+            self.cache.publish(sequence.table, known, sequence.num_computed)
             next_block = self.cache.block_size * (sequence.table.num_published + 1)
-            sequence.news_limit = min(next_block, sequence.max_tokens_total)
+            sequence.news_limit = min(next_block, sequence.max_tokens_total) - 1
         return True
 
     def abort(self, sequence: Sequence) -> None:
@@ -521,7 +524,7 @@ class Scheduler:
             _discard(group, sequence)
         self._num_loading -= sequence.phase is Phase.LOADING
         self.cache.release(sequence.table)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.news_limit = 0
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
         self._look = True

@@ -44,7 +44,8 @@ class Sequence:
     decode_limit: int = 0
     """While it decodes: once so many tokens are computed, it needs another block, or has computed its last token."""
     news_limit: int = 0
-    """With so many known tokens there is more to do than to append one: a full block to publish, or its end."""
+    """With so many known tokens, the next one has more to it than to be appended: a full block to publish, its end, or
+    that it does not run."""
 
     @property
     def num_tokens(self) -> int:

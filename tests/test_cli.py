@@ -56,7 +56,7 @@ def test_flags_become_the_configuration() -> None:
     args = vars(cli._parser().parse_args(["serve", *flags.split()]))
     engine, server = build(EngineConfig, args), build(ServerConfig, args)
     assert (engine.model, engine.dtype, engine.tp, engine.max_model_len) == ("M", "bfloat16", 3, 99)
-    assert dataclasses.astuple(engine.cache) == (8, 7, 0.5, True, 2.0, "/d", 3.0, 0.5, "cost", "fifo", 4.0)
+    assert dataclasses.astuple(engine.cache) == (8, 7, 0.5, True, True, 2.0, "/d", 3.0, 0.5, "cost", "fifo", 4.0)
     assert dataclasses.astuple(engine.sched) == (5, 64, 6)
     assert dataclasses.astuple(engine.runner) == ("xla", (16, 64), False, False, Path("/c"), Path("/p"), 7, 8)
     assert (server.port, server.drain_timeout_s) == (1, 2.5)

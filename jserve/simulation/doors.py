@@ -116,7 +116,7 @@ class TimedExecutor:
         steps = plan.steps
         for row in plan.rows:
             if row.samples:
-                tokens += [_OUTPUT + row.sequence.arrival] * steps
+                tokens += [_OUTPUT + row.sequence.rank[1]] * steps
         self.on_launch(plan, seconds)
         return TimedStep(self._clock, self._busy_until_s, tokens)
 

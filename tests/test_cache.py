@@ -204,3 +204,49 @@ def test_unshared_counts_what_a_release_would_free() -> None:
     cache.release(b)
     assert cache.pool.num_free == free + 1
     assert cache.unshared(a) == 5
+
+
+def test_need_counts_what_nobody_holds_and_wakes_its_watcher_when_that_falls() -> None:
+    cache = KVCache(num_blocks=16, block_size=2)
+    tokens = list(range(9))
+    first, waiting = BlockTable(root_key("m")), BlockTable(root_key("m"))
+    assert cache.need(waiting, tokens, "waiting") == 5
+    cache.admit(first, tokens)
+    assert cache.index.woken == []
+    cache.publish(first, tokens, 4)
+    assert cache.index.woken == ["waiting"], "its first block has come into use"
+    cache.index.woken.clear()
+    assert cache.need(waiting, tokens, "waiting") == 3
+    cache.publish(first, tokens, 9)
+    assert cache.index.woken == ["waiting"]
+    cache.index.woken.clear()
+    assert cache.need(waiting, tokens, "waiting") == 1
+    cache.release(first)
+    assert cache.need(waiting, tokens, "waiting") == 5, "kept blocks count as free, so they are needed too"
+    cache.admit(first, tokens)
+    assert cache.index.woken == ["waiting"]
+    cache.index.woken.clear()
+    assert cache.need(waiting, tokens, "waiting") == 1
+    cache.release(waiting)
+    cache.publish(first, tokens, 9)
+    assert cache.index.woken == []
+
+
+def test_fits_tells_what_would_be_once_others_had_let_go() -> None:
+    cache = KVCache(num_blocks=10, block_size=2)
+    a, b, c, d = (BlockTable(root_key("m")) for _ in range(4))
+    shared = list(range(8))
+    cache.admit(a, [*shared, 90])
+    cache.publish(a, [*shared, 90], 9)
+    cache.admit(b, [*shared, 91])
+    assert cache.pool.num_free == 4
+    wanted = [50] * 12  # 6 blocks
+    assert not cache.fits(c, wanted)
+    assert not cache.fits(c, wanted, without=[b])
+    assert cache.fits(c, wanted, without=[a, b])
+    assert not cache.fits(c, [50] * 20, spare=1, without=[a, b])
+    alike = [*shared, *range(60, 67)]  # 8 blocks, of which 4 are shared
+    assert cache.fits(d, alike)
+    assert not cache.fits(d, alike, spare=1)
+    assert cache.fits(d, alike, spare=2, without=[a, b])
+    assert not cache.fits(d, alike, spare=3, without=[a, b]), "what it shares with them is not freed for it as well"

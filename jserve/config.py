@@ -15,6 +15,7 @@ from jserve.errors import ConfigError
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Eviction = Literal["lru", "fifo", "lookahead"]
 Order = Literal["fcfs", "flashgen", "priority", "slo", "prefix"]
+Preempt = Literal["recompute", "swap", "auto"]
 Victim = Literal["youngest", "largest", "cheapest"]
 AttentionBackend = Literal["auto", "native", "xla", "pallas"]
 
@@ -113,6 +114,8 @@ class SchedConfig:
     cached, before at most 64 others)."""
     victim: Victim = "youngest"
     """Of those behind in that order, who gives blocks back first: youngest, largest, cheapest (least computed)."""
+    preempt: Preempt = "recompute"
+    """How it comes back: recompute, swap (to the host and back; needs cache.host_gib), auto (what is quicker)."""
 
     @property
     def max_open(self) -> int:

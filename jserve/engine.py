@@ -81,6 +81,7 @@ class Engine:
             token_budget=info.token_budget,
             order=config.sched.order,
             victim=config.sched.victim,
+            preempt=config.sched.preempt,
         )
         self._sequences: dict[str, Sequence] = {}
         self._roots: dict[str, bytes] = {}

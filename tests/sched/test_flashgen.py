@@ -141,10 +141,13 @@ def watch(engine: Engine) -> list[int]:
 
 def assert_blocks_are_conserved(scheduler: Scheduler) -> None:
     pool = scheduler.cache.pool
-    held = Counter(block for s in scheduler.running + scheduler.loading for block in s.table.blocks)
+    everybody = scheduler.running + scheduler.loading + list(scheduler.waiting)
+    held = Counter(block for s in everybody for block in s.table.blocks)
+    assert {s for s in everybody if s.table.blocks} == set(scheduler._holders)
+    assert [s.rank for s in scheduler._holders] == sorted(s.rank for s in scheduler._holders)
+    assert scheduler.num_running == len(scheduler.running)
     assert all(pool.ref_count(block) == held[block] for block in range(pool.num_blocks))
     assert pool.num_free == pool.num_blocks - len(held)
-    assert not any(s.table.blocks for s in scheduler.waiting)
 
 
 def assert_plan_is_sound(scheduler: Scheduler, plan: StepPlan | None) -> None:
@@ -162,14 +165,13 @@ def assert_nobody_waits_who_could_run(scheduler: Scheduler, plan: StepPlan | Non
     """Work conservation, and the invariant itself: what stands behind a request never keeps it waiting."""
     if plan is not None and plan.num_tokens >= scheduler.token_budget:
         return
-    holders = scheduler.running + scheduler.loading
     for waiting in scheduler.waiting:
-        behind = [s.table for s in holders if s.rank > waiting.rank]
-        ahead = len(holders) - len(behind)
+        behind = [s for s in scheduler._holders if s.rank > waiting.rank]
+        ahead = sum(s.slot >= 0 for s in scheduler._holders if s.rank < waiting.rank)
         # A token of one that has just been preempted is in flight; who has been woken is looked at in the next step.
         if not waiting.in_flight and waiting not in scheduler.cache.index.woken:
-            slot = bool(behind) or bool(scheduler._free_slots)
-            fits = scheduler.cache.fits(waiting.table, waiting.tokens, ahead, behind)
+            slot = bool(scheduler._free_slots) or any(s.slot >= 0 for s in behind)
+            fits = scheduler.cache.fits(waiting.table, waiting.tokens, ahead, [s.table for s in behind])
             assert not (slot and fits), f"{waiting.request_id} could run"
         if not scheduler.order.passes:
             return

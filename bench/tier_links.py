@@ -1,8 +1,12 @@
 """Copies between device and host as the hierarchy makes them, against one plain copy of as many bytes.
 
-The tier's way: `JaxTransfer` gathers 16 blocks out of the pool and copies them, or copies them in and scatters them.
-The plain way: one `jax.device_put` between device memory and pinned host memory (on CPU both are plain memory). The
-four take turns.
+The tier's way is `JaxTransfer`'s, from the start of a copy until `poll` tells of its end and the pool is at rest. On a
+GPU it gathers blocks out of the pool and copies them, or copies them in and scatters them; on CPU it copies them
+straight between the pool's 2 x layers arrays and the host's slots. The plain way is one `jax.device_put` of one array
+between device memory and pinned host memory, which on CPU are both plain memory. The four take turns.
+
+They are measured for a history of 64 blocks, which is what is worth loading, and for the 16 that one step may store.
+Where blocks are small, the latter shows what starting a program over that many arrays takes.
 """
 
 from __future__ import annotations
@@ -18,8 +22,8 @@ import numpy as np
 from jserve.runner import Runner
 from jserve.transfer import JaxTransfer
 
-BATCH = 16
-"""Blocks of one copy: what the hierarchy stores in one step."""
+HISTORY, STEP = 64, 16
+"""Blocks of one copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +47,15 @@ class Link:
         return self.bytes_per_s / self.plain_bytes_per_s
 
 
-def measure(runner: Runner, turns: int, tick: Callable[[], None] = lambda: None) -> tuple[Link, Link]:
+def measure(
+    runner: Runner, turns: int, tick: Callable[[], None] = lambda: None, *, blocks: int = HISTORY
+) -> tuple[Link, Link]:
     """Device to host and host to device. What this leaves in the runner's pool nobody may look for."""
     transfer = JaxTransfer(runner)
-    blocks = list(range(min(BATCH, runner.info.device_blocks)))
-    num_bytes = len(blocks) * runner.block_bytes
+    places = list(range(min(blocks, runner.info.device_blocks)))
+    num_bytes = len(places) * runner.block_bytes
     layers, *rest = runner.programs.block_shape()
-    here = np.ones((len(blocks) * layers, *rest), runner.programs.dtype)
+    here = np.ones((len(places) * layers, *rest), runner.programs.dtype)
     device = jax.block_until_ready(jax.device_put(here, runner.block_sharding))
     out, back = Link(num_bytes), Link(num_bytes)
 
@@ -61,9 +67,9 @@ def measure(runner: Runner, turns: int, tick: Callable[[], None] = lambda: None)
     for turn in range(turns + 1):
         times_s = (
             _seconds(plain_out),
-            _seconds(lambda: _store(transfer, blocks)),
+            _seconds(lambda: _store(transfer, places)),
             _seconds(lambda: jax.block_until_ready(jax.device_put(host, runner.block_sharding))),
-            _seconds(lambda: _load(runner, transfer, blocks)),
+            _seconds(lambda: _load(runner, transfer, places)),
         )
         if turn:  # the first of each is slow
             for into, taken_s in zip((out.plain_s, out.tier_s, back.plain_s, back.tier_s), times_s, strict=True):
@@ -82,7 +88,7 @@ def _load(runner: Runner, transfer: JaxTransfer, blocks: list[int]) -> None:
     """Until the blocks are in the pool: the completion tells that the scatter is launched, reading tells its end."""
     transfer.load(2, blocks, blocks)
     _wait(transfer)
-    jax.block_until_ready(runner.gather(blocks[:1]))
+    runner.wait()
 
 
 def _wait(transfer: JaxTransfer) -> None:

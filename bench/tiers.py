@@ -1,6 +1,6 @@
 """`python -m bench.tiers`: the KV hierarchy, part by part, and what it does for conversations.
 
-- links: 16 blocks between device and host, as a share of one plain copy of as many bytes.
+- links: blocks between device and host, as a share of one plain copy of as many bytes.
 - disk: the disk tier, as a share of plain sequential I/O with the same flags (`bench.disk`).
 - decision: what `TieredCache.arrive` takes for a long prompt (`bench/tier_decision.py` says what is in it).
 - write-through: a decode step with a host tier over the same step without one.
@@ -130,7 +130,7 @@ def _measure_parts(args: argparse.Namespace, effort: Effort, found: Found, progr
     """All of one model."""
     work = tier_write_through.Work(args.batch, args.context, effort.steps)
     block_size = args.block_size or 16
-    config = _config(args, args.model, max(tier_links.BATCH, work.blocks(min(8, block_size))), args.batch)
+    config = _config(args, args.model, max(tier_links.HISTORY, work.blocks(min(8, block_size))), args.batch)
     runner = make_runner(config, args.shape, progress)
     found.config |= {"model": runner.info.model, "dtype": runner.info.dtype, "backend": runner.info.backend}
     found.config |= {"block_size": runner.info.block_size, "block_bytes": runner.block_bytes, **asdict(work)}
@@ -154,17 +154,18 @@ def _config(args: argparse.Namespace, model: str | None, blocks: int, rows: int)
 
 
 def _measure_links(runner: Runner, effort: Effort, found: Found, progress: Progress) -> None:
-    with progress.track("copies", effort.link_turns + 1) as task:
-        out, back = tier_links.measure(runner, effort.link_turns, task.advance)
-    found.metrics |= {"d2h_share": out.share, "h2d_share": back.share}
-    found.metrics |= {"d2h_gb_per_s": out.bytes_per_s / 1e9, "d2h_plain_gb_per_s": out.plain_bytes_per_s / 1e9}
-    found.metrics |= {"h2d_gb_per_s": back.bytes_per_s / 1e9, "h2d_plain_gb_per_s": back.plain_bytes_per_s / 1e9}
-    rows = [
-        (name, link.bytes_per_s / 1e9, link.plain_bytes_per_s / 1e9, link.share)
-        for name, link in (("device to host", out), ("host to device", back))
-    ]
-    title = f"copies of {out.num_bytes / 2**20:.2f} MiB, {tier_links.BATCH} blocks, {runner.info.backend}"
-    found.tables.append(report.table(title, ("", "tier GB/s", "plain GB/s", "share"), rows))
+    rows = []
+    with progress.track("copies", 2 * (effort.link_turns + 1)) as task:
+        for blocks, suffix in ((tier_links.HISTORY, ""), (tier_links.STEP, "_step")):
+            links = tier_links.measure(runner, effort.link_turns, task.advance, blocks=blocks)
+            for name, label, link in zip(("d2h", "h2d"), ("device to host", "host to device"), links, strict=True):
+                found.metrics[f"{name}{suffix}_share"] = link.share
+                found.metrics[f"{name}{suffix}_gb_per_s"] = link.bytes_per_s / 1e9
+                found.metrics[f"{name}{suffix}_plain_gb_per_s"] = link.plain_bytes_per_s / 1e9
+                what = f"{label}, {blocks} blocks, {link.num_bytes / 2**20:.2f} MiB"
+                rows.append((what, link.bytes_per_s / 1e9, link.plain_bytes_per_s / 1e9, link.share))
+    columns = ("", "tier GB/s", "plain GB/s", "share")
+    found.tables.append(report.table(f"copies, {runner.info.backend}", columns, rows))
 
 
 def _measure_write_through(

@@ -24,13 +24,21 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Float32, Int32
 
-from jserve.batch import Limits, forward_sizes, head_sizes, unpack_forward, unpack_head
+from jserve.batch import (
+    COPY_BUCKETS,
+    DIRECT_COPY_BLOCKS,
+    Limits,
+    forward_sizes,
+    head_sizes,
+    unpack_forward,
+    unpack_head,
+)
 from jserve.models.layers import use_matmul
 from jserve.models.spec import ModelSpec
 from jserve.pallas_kernels.backends import Backend
-from jserve.pallas_kernels.block_copy import gather_blocks, scatter_blocks
+from jserve.pallas_kernels.block_copy import copy_blocks_in, copy_blocks_out, gather_blocks, scatter_blocks
 from jserve.pallas_kernels.kv_write import kv_write
 from jserve.pallas_kernels.matmul import matmul
 from jserve.pallas_kernels.metadata import BatchMetadata
@@ -95,6 +103,8 @@ class Programs:
         )
         self._gather = jax.jit(self._gather_blocks, static_argnums=0)
         self._scatter = jax.jit(self._scatter_blocks, donate_argnums=(0, 1), out_shardings=(pools, pools))
+        self._copy_out = jax.jit(copy_blocks_out, out_shardings=same)
+        self._copy_in = jax.jit(copy_blocks_in, donate_argnums=(0, 1), out_shardings=(same, pools, pools))
         self._compiled: dict[tuple[str, int], Callable[..., Any]] = {}
         self._head = jax.jit(self._head_step, static_argnums=0, donate_argnums=3, out_shardings=(same, same))
 
@@ -187,6 +197,23 @@ class Programs:
         result: tuple[Pool, Pool] = program(k, v, ids, blocks)
         return result
 
+    @property
+    def copies_directly(self) -> bool:
+        """Whether blocks go straight between the pool and host memory: where the device is the CPU, and one."""
+        return self.backend == "native" and self.mesh.size == 1
+
+    def copy_out(self, k: Pool, v: Pool, places: Int32[np.ndarray, "n 3"]) -> Float32[Array, ""]:
+        """`block_copy.copy_blocks_out`."""
+        program = self._compiled.get(("copy out", DIRECT_COPY_BLOCKS)) or self._copy_out
+        seconds: Array = program(k, v, places)
+        return seconds
+
+    def copy_in(self, k: Pool, v: Pool, places: Int32[np.ndarray, "n 3"]) -> tuple[Float32[Array, ""], Pool, Pool]:
+        """`block_copy.copy_blocks_in`."""
+        program = self._compiled.get(("copy in", DIRECT_COPY_BLOCKS)) or self._copy_in
+        result: tuple[Array, Pool, Pool] = program(k, v, places)
+        return result
+
     def _gather_blocks(self, count: int, k: Pool, v: Pool, ids: Array) -> list[Array]:
         def local(k: Pool, v: Pool, ids: Array) -> list[Array]:
             return list(gather_blocks(k, v, ids, backend=self.backend))
@@ -259,18 +286,17 @@ class Programs:
         self,
         token_buckets: tuple[int, ...],
         row_buckets: tuple[int, ...],
-        copy_buckets: tuple[int, ...],
+        copies: bool,
         progress: Progress,
     ) -> list[ProgramReport]:
-        """Compile everything; later calls with these buckets find the programs ready."""
+        """Compile everything; later calls with these buckets find the programs ready. `copies`: those for the tiers."""
         slot_words = self._vector(len(pack_slot(0, SamplingParams(), frozenset(), self.spec.vocab_size)))
         counts = self._vector(self.spec.vocab_size)
         jobs: list[tuple[tuple[str, int], Callable[[], Any]]] = [
             (("set_slot", 0), lambda: self.set_slot.lower(self._state_shapes(), slot_words)),
             (("set_counts", 0), lambda: self.set_counts.lower(self._state_shapes(), np.int32(0), counts)),
         ]
-        jobs += [(("gather", n), partial(self.lower_gather, n)) for n in copy_buckets]
-        jobs += [(("scatter", n), partial(self.lower_scatter, n)) for n in copy_buckets]
+        jobs += self._copy_jobs() if copies else []
         jobs += [(("head", n), partial(self.lower_head, n)) for n in row_buckets]
         jobs += [(("forward", n), partial(self.lower_forward, n)) for n in token_buckets]
         # Tracing holds the interpreter, so it stays serial; XLA compiles outside of it, in threads.
@@ -286,11 +312,24 @@ class Programs:
             self._head,
             self._gather,
             self._scatter,
+            self._copy_out,
+            self._copy_in,
         )  # what they have traced is compiled now
         for function in traced:
             function.clear_cache()
         _give_memory_back()
         return reports
+
+    def _copy_jobs(self) -> list[tuple[tuple[str, int], Callable[[], Any]]]:
+        if not self.copies_directly:
+            jobs = [(("gather", n), partial(self.lower_gather, n)) for n in COPY_BUCKETS]
+            return jobs + [(("scatter", n), partial(self.lower_scatter, n)) for n in COPY_BUCKETS]
+        pool, n = self._pool_shapes(), DIRECT_COPY_BLOCKS
+        places = jax.ShapeDtypeStruct((n, 3), jnp.int32, sharding=self.replicated)
+        return [
+            (("copy out", n), lambda: self._copy_out.lower(pool, pool, places)),
+            (("copy in", n), lambda: self._copy_in.lower(pool, pool, places)),
+        ]
 
     def _pool_shapes(self) -> list[jax.ShapeDtypeStruct]:
         return [jax.ShapeDtypeStruct(self.pool_shape(), self.dtype, sharding=self.pool_sharding)] * self.spec.num_layers

@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jserve.batch import (
     COPY_BUCKETS,
+    DIRECT_COPY_BLOCKS,
+    LOADS_BESIDE_POOL,
     ROW_BUCKETS,
+    STORES_BESIDE_POOL,
     TOKEN_BUCKETS,
     Limits,
     bucket_for,
@@ -126,7 +130,7 @@ class Runner:
         )
         self.reports: list[ProgramReport] = []
         if config.runner.warmup:
-            copies = COPY_BUCKETS if config.cache.host_gib else ()
+            copies = config.cache.host_gib > 0
             self.reports = self.programs.warm_up(self._token_buckets, self._row_buckets, copies, progress)
             progress.note(table_of(self.reports))
             self._rehearse()
@@ -174,6 +178,8 @@ class Runner:
             block_bytes = 2 * self.spec.num_layers * block_size * self.spec.num_kv_heads * self.spec.head_dim * itemsize
             block_bytes //= self.config.tp
             blocks = self._free_bytes(platform, Limits(slots, per_sequence, block_size, slots)) // block_bytes
+            if self.config.cache.host_gib and platform != "cpu":
+                blocks -= STORES_BESIDE_POOL + LOADS_BESIDE_POOL
             blocks = min(blocks, slots * per_sequence)
             if blocks < 1:
                 raise ConfigError(
@@ -307,6 +313,27 @@ class Runner:
     def block_bytes(self) -> int:
         return math.prod(self.programs.block_shape()) * int(self.programs.dtype.itemsize)
 
+    @property
+    def copies_directly(self) -> bool:
+        """Whether `copy_out` and `copy_in` work here; `gather` and `scatter` do everywhere."""
+        return self.programs.copies_directly
+
+    def copy_out(self, blocks: Seq[int], addresses: Seq[int]) -> jax.Array:
+        """Copy at most DIRECT_COPY_BLOCKS blocks, as the steps launched so far leave them, to host memory. When the
+        result is there (seconds), so are they: until then the memory must stay."""
+        return self.programs.copy_out(self._k, self._v, self._places(blocks, addresses))
+
+    def copy_in(self, blocks: Seq[int], addresses: Seq[int]) -> jax.Array:
+        """The way back, before any step that is launched later."""
+        seconds, self._k, self._v = self.programs.copy_in(self._k, self._v, self._places(blocks, addresses))
+        return seconds
+
+    def _places(self, blocks: Seq[int], addresses: Seq[int]) -> np.ndarray:
+        rows = np.full((DIRECT_COPY_BLOCKS, 3), self.limits.num_blocks, np.int32)
+        rows[: len(blocks), 0] = blocks
+        rows[: len(blocks), 1:] = np.array(addresses, "<u8").view("<i4").reshape(-1, 2)
+        return rows  # sent by the call itself, which is twice as fast
+
     def gather(self, blocks: list[int]) -> list[jax.Array]:
         """Copies of these blocks of the pool, as the steps that are launched so far leave them."""
         copies: list[jax.Array] = []
@@ -325,6 +352,10 @@ class Runner:
     def _send(self, words: np.ndarray) -> jax.Array:
         sent: jax.Array = jax.device_put(words, self.programs.replicated)
         return sent
+
+    def wait(self) -> None:
+        """Until all that was launched has ended."""
+        jax.block_until_ready((self._k, self._v, self._state))
 
     def close(self) -> None:
         """Free the device memory."""

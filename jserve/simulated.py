@@ -143,7 +143,8 @@ class SimulatedTransfer:
     """Copies between a `SimulatedExecutor`'s KV memory, a host memory and a disk of the same kind.
 
     `copy_s(kind, blocks)` says how long a copy takes, kind being store, load, read or write; `fails(kind)` whether this
-    one comes to nothing, as a fault of the disk where one takes part. `disk` may be handed on to a later process.
+    one comes to nothing, as a fault of the disk where one takes part. `orders_loads`: loads and steps go through one
+    queue. `disk` may be handed on to a later process.
     """
 
     def __init__(
@@ -155,8 +156,10 @@ class SimulatedTransfer:
         *,
         disk: dict[bytes, list[int]] | None = None,
         fails: Callable[[str], bool] = lambda kind: False,
+        orders_loads: bool = False,
     ) -> None:
         self.clock = clock
+        self.orders_loads = orders_loads
         self.host = [[0] * executor.block_size for _ in range(host_slots)]
         self.disk: dict[bytes, list[int]] = {} if disk is None else disk
         self._executor, self._copy_s, self._fails = executor, copy_s, fails
@@ -178,8 +181,10 @@ class SimulatedTransfer:
                 self._executor.kv[block] = list(self.host[slot])
             return None
 
-        self._start("load", ticket, len(blocks), apply)
-        return False
+        if self.orders_loads:
+            apply()  # before any step to come, and only its end is told later
+        self._start("load", ticket, len(blocks), (lambda: None) if self.orders_loads else apply)
+        return self.orders_loads
 
     def write(self, ticket: int, host_slot: int, key: bytes) -> None:
         def apply() -> str | None:
@@ -217,7 +222,7 @@ class SimulatedTransfer:
         self._pending = []
 
     def _start(self, kind: str, ticket: int, blocks: int, apply: Callable[[], str | None]) -> None:
-        if self._fails(kind):
+        if self._fails(kind) and not (kind == "load" and self.orders_loads):
             apply = lambda: _FAULT  # noqa: E731
         self._pending.append(_Copy(self.clock.now() + self._copy_s(kind, blocks), ticket, apply))
 

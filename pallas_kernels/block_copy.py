@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Int32, Shaped
+from jaxtyping import Float32, Int32, Shaped
 
 from jserve.pallas_kernels import native
 from jserve.pallas_kernels.backends import Backend
@@ -80,6 +80,25 @@ def scatter_blocks(
         [x.at[ids].set(buffer[:, i, 0], mode="drop") for i, x in enumerate(k)],
         [x.at[ids].set(buffer[:, i, 1], mode="drop") for i, x in enumerate(v)],
     )
+
+
+def copy_blocks_out(k: Pages, v: Pages, places: Int32[Array, "n 3"]) -> Float32[Array, ""]:
+    """Copy blocks of every layer straight into host memory, on CPU; the seconds that it took.
+
+    `places`: rows of a block's id and the two halves (low, high) of the address of its contiguous
+    [layers, 2, block_size, kv_heads, head_dim]; the first row whose id is outside the pool ends them. XLA does not know
+    of that memory: it must stay, and be nobody else's, until the result is there.
+    """
+    _check_pages(k, v)
+    return native.copy_out(k, v, places)
+
+
+def copy_blocks_in(
+    k: Pages, v: Pages, places: Int32[Array, "n 3"]
+) -> tuple[Float32[Array, ""], list[Array], list[Array]]:
+    """The way back: the seconds that it took, and the cache with these blocks; in place, so it must be donated."""
+    _check_pages(k, v)
+    return native.copy_in(k, v, places)
 
 
 def _check_pages(k: Pages, v: Pages) -> None:

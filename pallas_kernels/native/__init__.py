@@ -42,12 +42,17 @@ _KV_WRITE = "jserve_kv_write"
 _MATMUL = "jserve_matmul"
 _GATHER = "jserve_gather_blocks"
 _SCATTER = "jserve_scatter_blocks"
+_COPY_OUT = "jserve_copy_blocks_out"
+_COPY_IN = "jserve_copy_blocks_in"
+_SECONDS = jax.ShapeDtypeStruct((), np.float32)
 _SYMBOLS = {
     _ATTENTION: "JservePagedAttention",
     _KV_WRITE: "JserveKvWrite",
     _MATMUL: "JserveMatmul",
     _GATHER: "JserveGatherBlocks",
     _SCATTER: "JserveScatterBlocks",
+    _COPY_OUT: "JserveCopyBlocksOut",
+    _COPY_IN: "JserveCopyBlocksIn",
 }
 
 
@@ -102,6 +107,24 @@ def scatter(
     call = jax.ffi.ffi_call(_SCATTER, [jax.typeof(pool) for pool in pools], input_output_aliases=aliases)
     written = list(call(ids, buffer, *pools))
     return written[: len(k)], written[len(k) :]
+
+
+def copy_out(k: Pages, v: Pages, places: Int32[Array, "n 3"]) -> Float32[Array, ""]:
+    """See `block_copy.copy_blocks_out`."""
+    _ensure_registered()
+    seconds: Array = jax.ffi.ffi_call(_COPY_OUT, _SECONDS)(places, *k, *v)
+    return seconds
+
+
+def copy_in(k: Pages, v: Pages, places: Int32[Array, "n 3"]) -> tuple[Float32[Array, ""], list[Array], list[Array]]:
+    """See `block_copy.copy_blocks_in`."""
+    _ensure_registered()
+    pools = [*k, *v]
+    results = [_SECONDS, *(jax.typeof(pool) for pool in pools)]
+    aliases = {1 + i: 1 + i for i in range(len(pools))}
+    call = jax.ffi.ffi_call(_COPY_IN, results, input_output_aliases=aliases)
+    seconds, *written = call(places, *pools)
+    return seconds, written[: len(k)], written[len(k) :]
 
 
 def unavailable() -> str | None:

@@ -56,11 +56,14 @@ class World:
         wait_limit_s: float = 5.0,
         store_budget: int = 16,
         device_reuse: bool = True,
+        orders_loads: bool = False,
     ) -> None:
         self.clock = SimulatedClock()
         self.notes: list[str] = []
         executor = SimulatedExecutor(self.clock, device, BLOCK, VOCAB)
-        self.transfer = SimulatedTransfer(self.clock, executor, host, copy_s, disk=disk, fails=fails)
+        self.transfer = SimulatedTransfer(
+            self.clock, executor, host, copy_s, disk=disk, fails=fails, orders_loads=orders_loads
+        )
         self.cache = TieredCache(
             device,
             BLOCK,
@@ -244,6 +247,41 @@ def test_decodes_go_on_while_another_request_loads() -> None:
     world.run()
     assert world.said["decoding"] == expected_tokens(prompt_of(1, 8), 60, VOCAB)
     assert world.cached["again"] > 0
+
+
+def test_a_load_that_has_its_turn_before_the_next_step_costs_no_step() -> None:
+    def steps(orders_loads: bool) -> tuple[int, World]:
+        world = World(disk_blocks=None, device=40, orders_loads=orders_loads, copy_s=lambda kind, blocks: 0.004)
+        first = world.ask("first", prompt_of(0, 30))
+        world.ask("flood", prompt_of(5, 140))
+        world.add("decoding", prompt_of(1, 8), max_tokens=60)
+        for _ in range(5):
+            world.step()
+        before = len(world.said["decoding"])
+        world.add("again", first)
+        while not world.said["again"]:
+            world.step()
+        taken = len(world.said["decoding"]) - before
+        world.run()
+        assert world.said["again"] == expected_tokens(first, 4, VOCAB)
+        world.check_nothing_is_held()
+        return taken, world
+
+    (ordered, world), (unordered, _) = steps(True), steps(False)
+    assert ordered < unordered
+    assert world.cache.tier_stats.host_hit_tokens > 0
+
+
+def test_the_source_of_a_load_is_kept_until_it_has_been_read() -> None:
+    world = World(disk_blocks=None, orders_loads=True, copy_s=lambda kind, blocks: 0.5 if kind == "load" else 0.0)
+    first = world.ask("first", prompt_of(0, 30))
+    world.ask("flood", prompt_of(1, 40))
+    world.add("again", first)
+    while not world.said["again"]:
+        world.step()
+    assert any(world.cache.host.is_pinned(key) for key in world.cache.host._slot_of)
+    world.run()
+    world.check_nothing_is_held()
 
 
 def test_two_requests_that_together_fill_the_pool_both_end() -> None:
@@ -641,6 +679,7 @@ def test_random_conversations_over_random_tiers_say_what_one_endless_device_says
         staging=rng.choice([0, 2, 8, 100]),
         wait_limit_s=rng.choice([0.1, 5.0]),
         store_budget=rng.choice([1, 16]),
+        orders_loads=rng.choice([False, True]),
         max_running=rng.randrange(1, 5),
     )
     once = world.transfer.poll

@@ -143,13 +143,16 @@ class TieredCache(KVCache):
         self._deferred: dict[Restore, None] = {}
         self._staged = 0
         self._queued_s = 0.0
+        self._running = 0
+        """Requests that held blocks when the last one arrived."""
         self._queue_changed = False
         self._torn = False
         self._now_s = 0.0
 
     # --- arrival: what to restore -------------------------------------------------------------------------------
 
-    def arrive(self, table: BlockTable, token_ids: list[int], *, waiting: int) -> Staging | None:
+    def arrive(self, table: BlockTable, token_ids: list[int], *, waiting: int, running: int = 0) -> Staging | None:
+        self._running = running
         extend_keys(table.keys, table.root, token_ids, self.block_size)
         num_tokens = len(token_ids)
         table.restore = restore = Restore(table, num_tokens, self.cost.prefill.seconds(num_tokens))
@@ -167,7 +170,7 @@ class TieredCache(KVCache):
         keys = restore.table.keys
         device, host, disk = self._reaches(keys, min(self._most_blocks(restore.num_tokens), len(keys)))
         room = max(0, self.staging_blocks - self._staged)
-        reach = Reach(restore.num_tokens, device, host, disk, waiting, hidden_s, room, others=waiting)
+        reach = Reach(restore.num_tokens, device, host, disk, waiting, hidden_s, room, others=waiting + self._running)
         plan = self.strategy(self.cost, reach)
         restore.split = device + plan.load_host_blocks + plan.stage_disk_blocks
         restore.wanted = restore.split + plan.deferred_disk_blocks

@@ -190,8 +190,11 @@ class KVCache:
 
     # --- what a cache with tiers below the device does more (`hierarchy.TieredCache`) --------------------------------
 
-    def arrive(self, table: BlockTable, token_ids: list[int], *, waiting: int) -> Staging | None:
-        """A sequence has joined the queue behind `waiting` others. Returns what is read from disk for it, if any."""
+    def arrive(self, table: BlockTable, token_ids: list[int], *, waiting: int, running: int = 0) -> Staging | None:
+        """A sequence has joined the queue behind `waiting` others, while `running` ones hold blocks.
+
+        Returns what is read from disk for it, if any.
+        """
         return None
 
     def is_ready(self, table: BlockTable) -> bool:

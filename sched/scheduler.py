@@ -154,7 +154,8 @@ class Scheduler:
         self._arrivals += 1
         arrival = Arrival(place=self._arrivals)
         sequence.rank = self.order.rank(arrival), self._arrivals
-        staging = self.cache.arrive(sequence.table, sequence.tokens, waiting=self.num_waiting)
+        waiting, running = self.num_waiting, len(self._holders)
+        staging = self.cache.arrive(sequence.table, sequence.tokens, waiting=waiting, running=running)
         self._wait(sequence)
         self._tell(EventKind.ARRIVED, sequence, detail=f"{len(sequence.tokens)} tokens")
         if staging is not None and staging.blocks:

@@ -40,7 +40,8 @@ class Hardware:
     linear_efficiency: float
     attention_efficiency: float
     memory_efficiency: float
-    launch_s_per_layer: float
+    prefill_s_per_layer: float
+    decode_s_per_layer: float
     link_bytes_per_s: float
     link_copy_s: float
     peer_bytes_per_s: float
@@ -123,14 +124,23 @@ def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
 
 
 def cost_model(
-    gpu: Hardware, model: ModelShape, *, tp: int = 1, block_tokens: int = 16, bytes_per_number: int = 2
+    gpu: Hardware,
+    model: ModelShape,
+    *,
+    tp: int = 1,
+    drives: int = 1,
+    block_tokens: int = 16,
+    bytes_per_number: int = 2,
 ) -> CostModel:
-    """Times of steps and copies of this model on `tp` such devices, each with a link of its own to the host."""
+    """Times of steps and copies of this model on `tp` such devices, each with a link of its own to the host.
+
+    `drives`: of the disk tier, striped.
+    """
     kv_bytes = model.kv_bytes_per_token(bytes_per_number)
     # Two all-reduces a layer over the activations: each device sends and receives 2·(tp - 1)/tp of them.
     reduces = 2 * model.layers if tp > 1 else 0
     reduce_s_per_token = reduces * 2 * (tp - 1) / tp * model.hidden * bytes_per_number / gpu.peer_bytes_per_s
-    fixed_s = gpu.launch_s_per_layer * model.layers + reduces * gpu.peer_latency_s
+    reduces_s = reduces * gpu.peer_latency_s
     prefill = PrefillCost.from_flops(
         model.parameters,
         model.layers,
@@ -138,12 +148,12 @@ def cost_model(
         gpu.flops_per_s * tp,
         linear_efficiency=gpu.linear_efficiency,
         attention_efficiency=gpu.attention_efficiency,
-        overhead_s=fixed_s,
+        overhead_s=gpu.prefill_s_per_layer * model.layers + reduces_s,
     )
     prefill.per_token_s += reduce_s_per_token
     read_bytes_per_s = gpu.memory_bytes_per_s * gpu.memory_efficiency * tp
     decode = DecodeCost(
-        fixed_s + model.weight_bytes(bytes_per_number) / read_bytes_per_s,
+        gpu.decode_s_per_layer * model.layers + reduces_s + model.weight_bytes(bytes_per_number) / read_bytes_per_s,
         reduce_s_per_token,
         kv_bytes / read_bytes_per_s,
     )
@@ -153,8 +163,8 @@ def cost_model(
         decode,
         LinkCost(link, gpu.link_copy_s),
         LinkCost(link, gpu.link_copy_s),
-        LinkCost(gpu.disk_read_bytes_per_s * tp, gpu.disk_latency_s),
-        LinkCost(gpu.disk_write_bytes_per_s * tp, gpu.disk_latency_s),
+        LinkCost(gpu.disk_read_bytes_per_s * drives, gpu.disk_latency_s),
+        LinkCost(gpu.disk_write_bytes_per_s * drives, gpu.disk_latency_s),
         block_tokens,
         block_tokens * kv_bytes,
     )

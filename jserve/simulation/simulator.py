@@ -61,6 +61,7 @@ def system(
     model: ModelShape,
     *,
     tp: int = 1,
+    drives: int = 1,
     bytes_per_number: int = 2,
     max_model_len: int | None = None,
     cache: CacheConfig | None = None,
@@ -81,7 +82,7 @@ def system(
         model=model.name, tp=tp, cache=cache, sched=sched, runner=RunnerConfig(overlap=False), max_model_len=None
     )
     return System(
-        cost_model(gpu, model, tp=tp, block_tokens=block, bytes_per_number=bytes_per_number),
+        cost_model(gpu, model, tp=tp, drives=drives, block_tokens=block, bytes_per_number=bytes_per_number),
         blocks,
         model.title,
         f"{tp} x {gpu.title}",

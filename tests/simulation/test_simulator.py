@@ -107,7 +107,8 @@ def test_a_call_that_can_never_run_is_told() -> None:
 def test_more_load_means_more_latency() -> None:
     latencies = []
     for rate in (0.2, 2.0, 20.0):
-        latencies.append(summarise(simulate(opt(), poisson(chats(60), rate, 1)).played).ttft_p95_s)
+        work = poisson(chats(60, turns=1), rate, 1)
+        latencies.append(summarise(simulate(opt(), work).played).normalised_latency_s)
     assert latencies == sorted(latencies)
 
 
@@ -144,10 +145,10 @@ def test_kv_sizes_are_those_of_the_seeds() -> None:
 
 def test_decode_and_break_even_are_those_of_the_formulas() -> None:
     """limits, 6.3: 32 ms for OPT-30B on two A100, 16 users with 2,048 tokens each, without launches and collectives."""
-    gpu = replace(hardware("a100-80gb-sxm"), launch_s_per_layer=0.0, peer_latency_s=0.0, peer_bytes_per_s=1e18)
+    gpu = replace(hardware("a100-80gb-sxm"), decode_s_per_layer=0.0, peer_latency_s=0.0, peer_bytes_per_s=1e18)
     cost = cost_model(gpu, model_shape("opt-30b"), tp=2)
     assert cost.decode.seconds(16, 16 * 2048) == pytest.approx(0.032, rel=0.02)
-    fit = replace(gpu, linear_efficiency=0.765, attention_efficiency=0.79, launch_s_per_layer=8.5e-3 / 32)
+    fit = replace(gpu, linear_efficiency=0.765, attention_efficiency=0.79, prefill_s_per_layer=8.5e-3 / 32)
     poster = cost_model(fit, model_shape("llama-2-7b")).prefill
     for tokens, seconds in ((1024, 0.0675), (2048, 0.1284), (4096, 0.2575), (8192, 0.5440), (16384, 1.2168)):
         assert poster.seconds(tokens) == pytest.approx(seconds, rel=0.01)

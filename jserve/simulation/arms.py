@@ -1,0 +1,87 @@
+"""The compared systems, each a configuration of the one engine: nothing else differs between two arms.
+
+| arm | device | host and disk | what is loaded | order |
+|---|---|---|---|---|
+| `vllm` | prefix cache, LRU | - | - | first come, first served; stops at the first that does not fit |
+| `cachedattention` | keeps nothing between turns | look-ahead fetch and eviction | whatever any tier has | the same |
+| `flashgen-sched` | prefix cache | - | - | greedy, with preemption of what has passed (FlashGen §4) |
+| `flashgen-cache` | prefix cache | inclusive, LRU | disk only if another request waits (FlashGen §3.3) | first come |
+| `flashgen` | prefix cache | as `flashgen-cache` | as `flashgen-cache` | as `flashgen-sched` |
+| `jserve` | prefix cache | the same | what a cost model says, up to a split point | FlashGen's, see below |
+
+`vllm`, `cachedattention` and `flashgen*` give blocks back by computing them again, or from the host where it has them.
+CachedAttention keeps and evicts whole sessions; here it may keep their heads, which can only help it. `ablations` are
+the `jserve` arm with one of its own choices taken back to FlashGen's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from jserve.config import CacheConfig, SchedConfig
+from jserve.errors import ConfigError
+
+Policies = tuple[CacheConfig, SchedConfig]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A named way to serve: given the sizes of the tiers and the limits of a step, the settings."""
+
+    name: str
+    what: str
+    tiers: bool
+    """Whether it keeps histories in host memory and on disk."""
+    apply: Callable[[CacheConfig, SchedConfig], Policies]
+
+    def policies(self, cache: CacheConfig, sched: SchedConfig) -> Policies:
+        """`cache` and `sched` give sizes alone: the arm sets what chooses."""
+        if not self.tiers:
+            cache = replace(cache, host_gib=0.0, disk_dir=None)
+        return self.apply(cache, sched)
+
+
+def _vllm(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    return cache, replace(sched, order="fcfs")
+
+
+def _cachedattention(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    kept = replace(cache, device_reuse=False, restore="always", eviction="lookahead")
+    return kept, replace(sched, order="fcfs")
+
+
+def _flashgen_sched(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    return cache, replace(sched, order="flashgen")
+
+
+def _flashgen_cache(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    return replace(cache, restore="flashgen"), replace(sched, order="fcfs")
+
+
+def _flashgen(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    return replace(cache, restore="flashgen"), replace(sched, order="flashgen")
+
+
+def _jserve(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    return replace(cache, restore="cost"), replace(sched, order="flashgen")
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("vllm", "prefix cache on the device alone, first come first served", False, _vllm),
+        Arm("cachedattention", "sessions in host memory and on disk, nothing on the device", True, _cachedattention),
+        Arm("flashgen-cache", "three tiers, first come first served", True, _flashgen_cache),
+        Arm("flashgen-sched", "reordering alone", False, _flashgen_sched),
+        Arm("flashgen", "three tiers and reordering", True, _flashgen),
+        Arm("jserve", "three tiers by a cost model, reordering", True, _jserve),
+    )
+}
+
+
+def arm(name: str) -> Arm:
+    """By name; ConfigError tells those that there are."""
+    if name not in ARMS:
+        raise ConfigError(f"there is no policy {name!r}: use one of {', '.join(ARMS)}")
+    return ARMS[name]

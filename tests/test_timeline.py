@@ -211,3 +211,27 @@ def test_a_refused_request_is_explained_and_leaves_its_namesake_alone() -> None:
     (a,) = engine.history("a").timelines
     assert kinds_of(a) == [K.ARRIVED, K.FINISHED]
     assert a.moments[-1].detail == "abort"
+
+
+def test_a_request_that_overtakes_yields_and_comes_back_tells_exactly_that() -> None:
+    """`head` does not fit beside `first`; `late` does, and runs until `head` can."""
+    engine = make_engine(blocks=16)
+    engine.add(request("first", [1] * 32, 12))
+    engine.step()
+    engine.add(request("head", [2] * 52, 8))
+    engine.add(request("late", [3] * 8, 40))
+    run(engine)
+    first, head, late = (engine.history(name).timelines[0] for name in ("first", "head", "late"))
+    assert kinds_of(head) == [K.ARRIVED, K.ADMITTED, K.FIRST_TOKEN, K.FINISHED]
+    assert kinds_of(late) == [
+        *(K.ARRIVED, K.PROMOTED, K.ADMITTED, K.FIRST_TOKEN),
+        *(K.PREEMPTED, K.RESUMED, K.FINISHED),
+    ]
+    told = {moment.kind: moment for moment in late.moments}
+    assert told[K.PROMOTED].by == told[K.PREEMPTED].by == "head"
+    admitted, ended = head.moments[1].time_s, head.moments[-1].time_s
+    assert first.moments[-1].time_s <= admitted == told[K.PREEMPTED].time_s < ended <= told[K.RESUMED].time_s
+    story = explained(engine.history("late"))
+    assert "promoted past head" in story
+    assert "preempted for head" in story
+    assert story.splitlines()[-1].startswith("  in all: waiting 0.000 s, prefill")

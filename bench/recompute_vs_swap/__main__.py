@@ -1,0 +1,110 @@
+"""`python -m bench.recompute_vs_swap`: is it cheaper to compute a preempted request's KV again, or to copy it away?
+
+With --sim: the sweeps of the SC24 poster "Uncover the Overhead and Resource Usage for Handling KV Cache Overflow in LLM
+Inference", beside its published seconds, with `auto` (the choice per victim by the cost model) as a third curve. The
+poster's swaps are out and in; one way only is what remains where full blocks have been written through to the host
+(FlashGen). All of it is simulated: formulas of a fit to its A100 (`published.json` names the sources), and for the
+sweeps of many requests the production scheduler and cache over simulated time.
+
+Without --sim: requests of several lengths are made to give way on the real engine, on this machine, each way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import report
+from bench.recompute_vs_swap.sweeps import Sweep, table
+from bench.shapes import SHAPES
+from bench.timing import stoppable
+from jserve.console import RichProgress
+from jserve.errors import JserveError
+
+LENGTHS = (64, 128, 256, 512, 1024)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    screen = report.console(args)
+    if not screen.is_terminal:
+        screen.width = 200  # a log is read with all its columns
+    try:
+        with stoppable():
+            (_simulate if args.sim else _measure)(args, screen)
+    except KeyboardInterrupt:
+        print("bench.recompute_vs_swap: stopped", file=sys.stderr)
+        return 1
+    except (JserveError, OSError) as error:
+        print(f"bench.recompute_vs_swap: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _simulate(args: argparse.Namespace, screen: Console) -> None:
+    from bench.recompute_vs_swap.figures import draw
+    from bench.recompute_vs_swap.simulated import study
+
+    found = study(args.seed, RichProgress())
+    for sweep in found.sweeps.values():
+        _show(sweep, screen)
+    result = report.Result("recompute_vs_swap", found.metrics(), {"simulated": True, **asdict(found)}, args.seed)
+    if args.figures is not None:
+        for path in draw(result.document(), args.figures):
+            report.note(screen, f"drew {path}")
+    report.emit(result, args)
+
+
+def _measure(args: argparse.Namespace, screen: Console) -> None:
+    from bench.recompute_vs_swap.real import measure
+
+    found = measure(args.model, None if args.model else args.shape, args.lengths, args.turns, args.seed, RichProgress())
+    _show(found.sweep, screen)
+    report.note(screen, "A machine that others use at the same time measures them too.")
+    config = {"simulated": False, "turns": args.turns, "cost": found.cost.to_dict(), "sweep": asdict(found.sweep)}
+    report.emit(report.Result("recompute_vs_swap", found.metrics(), config, args.seed), args)
+
+
+def _show(sweep: Sweep, screen: Console) -> None:
+    screen.print(table(sweep))
+    for line in sweep.notes:
+        report.note(screen, f"  {line}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.recompute_vs_swap",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sim", action="store_true", help="the poster's sweeps, simulated (no model is loaded)")
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        nargs="?",
+        const=report.RESULTS,
+        metavar="DIRECTORY",
+        help="with --sim: draw figures 2 to 6 (needs matplotlib; default: bench/results)",
+    )
+    parser.add_argument("--model", help="without --sim: a directory, GGUF file or hub id, instead of --shape")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="wide", help="without --sim: a shape with random weights (wide)"
+    )
+    parser.add_argument(
+        "--lengths", type=_lengths, default=LENGTHS, metavar="N,N,...", help="tokens of the prompts (64 to 1024)"
+    )
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="times that each is measured (3)")
+    report.add_arguments(parser)
+    return parser
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

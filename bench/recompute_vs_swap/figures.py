@@ -1,0 +1,133 @@
+"""The poster's figures 2 to 6, and two more, from the study's JSON: what was published beside what is simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.recompute_vs_swap.poster import published
+from jserve.errors import Unsupported
+
+Curves = Mapping[str, Sequence[float]]
+
+COLORS = {
+    "recompute": "tab:blue",
+    "swap": "tab:orange",
+    "swap_pageable": "tab:red",
+    "auto": "tab:green",
+    "swap_one_way": "tab:brown",
+    "auto_one_way": "tab:green",
+}
+WAYS = ("recompute", "swap", "auto")
+ONE_WAY = ("recompute", "swap_one_way", "auto_one_way")
+SAID = "Lines and bars are simulated, with the fit to the poster's A100. Circles and dots were published."
+
+
+def draw(document: Mapping[str, Any], directory: Path) -> list[Path]:
+    """Into SVG files of that directory. Raises Unsupported without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure  # of its own: no display, and no state of pyplot's
+    except ImportError:
+        raise Unsupported("figures need matplotlib, which is missing: pip install 'jserve[bench]'") from None
+    sweeps = document["config"]["sweeps"]
+    figures: Mapping[str, Callable[[Any], None]] = {
+        "figure2-block-size": lambda figure: _block_size(figure, sweeps["block_size"]),
+        "figure3-evicted-tokens": lambda figure: _evicted_tokens(figure, sweeps["evicted_tokens"]),
+        "figure4-sequence-length": lambda figure: _bars(figure, [sweeps["requests_and_length"]]),
+        "figure5-kv-memory": lambda figure: _bars(figure, [sweeps["kv_memory_zipf"], sweeps["kv_memory_sharegpt"]]),
+        "figure6-over-time": lambda figure: _over_time(figure, document["config"]["over_time"]),
+        "models": lambda figure: _bars(figure, [sweeps["models"]]),
+        "mixed-lengths": lambda figure: _bars(figure, [sweeps["mixed"]]),
+    }
+    paths = []
+    directory.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "jserve", "font.size": 9, "svg.fonttype": "none"}):
+        for name, fill in figures.items():
+            figure = Figure(figsize=(10, 4), layout="constrained")
+            fill(figure)
+            figure.supxlabel(SAID, fontsize=7)
+            paths.append(directory / f"recompute_vs_swap-{name}.svg")
+            figure.savefig(paths[-1], metadata={"Date": None})
+    return paths
+
+
+def _block_size(figure: Any, sweep: Mapping[str, Any]) -> None:
+    left, right = figure.subplots(1, 2)
+    _lines(left, sweep, (*WAYS, "swap_pageable"))
+    left.set_title(sweep["title"])
+    _lines(right, sweep, ONE_WAY)
+    right.set_title("the same with write-through: in only")
+    for axes in (left, right):
+        _log_x(axes, sweep)
+        axes.set_ylim(0, None)
+
+
+def _evicted_tokens(figure: Any, sweep: Mapping[str, Any]) -> None:
+    left, right = figure.subplots(1, 2, sharey=True)
+    _lines(left, sweep, WAYS)
+    left.set_title(sweep["title"])
+    _lines(right, sweep, ONE_WAY)
+    right.set_title("the same with write-through: in only")
+    for axes in (left, right):
+        _log_x(axes, sweep)
+        axes.set_yscale("log")
+
+
+def _log_x(axes: Any, sweep: Mapping[str, Any]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(sweep["x"], [str(x) for x in sweep["x"]])
+    axes.minorticks_off()
+    axes.set_xlabel(sweep["x_label"])
+
+
+def _lines(axes: Any, sweep: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        chooses = name.startswith("auto")
+        style = {"linestyle": ":", "linewidth": 3} if chooses else {}
+        axes.plot(sweep["x"], sweep["curves"][name], color=COLORS[name], label=_label(name), **style)
+        there = sweep["curves"].get(f"{name}_published")
+        if there and not chooses:
+            axes.plot(sweep["x"], there, "o", color=COLORS[name], label=f"{_label(name)}, published", fillstyle="none")
+    axes.set_ylabel("seconds")
+    axes.legend(fontsize="small")
+    axes.grid(True, alpha=0.2)
+
+
+def _bars(figure: Any, sweeps: Sequence[Mapping[str, Any]]) -> None:
+    """A group for each x: recompute, swap, auto, with the published value as a dot on its bar."""
+    for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
+        places = range(len(sweep["x"]))
+        for i, name in enumerate(WAYS):
+            x = [place + (i - 1) * 0.27 for place in places]
+            axes.bar(x, sweep["curves"][name], 0.25, color=COLORS[name], label=_label(name), alpha=0.8)
+            if there := sweep["curves"].get(f"{name}_published"):
+                label = "published" if name == "recompute" else None
+                axes.plot(x, there, "o", color="black", markersize=4, label=label)
+        axes.set(xlabel=sweep["x_label"], ylabel="seconds of overhead")
+        axes.set_title(sweep["title"], fontsize=9)
+        axes.set_xticks(places, [str(x) for x in sweep["x"]], rotation=60 if len(places) > 8 else 0)
+        axes.legend(fontsize="small")
+        axes.grid(True, axis="y", alpha=0.2)
+
+
+def _over_time(figure: Any, runs: Mapping[str, Curves]) -> None:
+    """How full the device is and how fast it goes."""
+    rows = figure.subplots(2, 2, sharex="col", sharey="row")
+    there = {name: published()["over_time"][name] for name in ("recompute", "swap")}
+    for column, (title, series) in enumerate((("simulated", runs), ("published", there))):
+        for name, curves in series.items():
+            rows[0][column].plot(curves["time_s"], curves["kv_usage_percent"], color=COLORS[name], label=_label(name))
+            rows[1][column].plot(curves["time_s"], curves["tokens_per_s"], color=COLORS[name], label=_label(name))
+        rows[0][column].set_title(f"{title}: Zipf lengths, {published()['over_time']['kv_gb']} GB for KV")
+        rows[1][column].set(xlabel="seconds", yscale="log")
+        for axes in (rows[0][column], rows[1][column]):
+            axes.grid(True, alpha=0.2)
+            axes.legend(fontsize="small")
+    rows[0][0].set_ylabel("KV in use, %")
+    rows[1][0].set_ylabel("tokens/s")
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ")

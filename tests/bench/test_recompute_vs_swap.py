@@ -1,0 +1,140 @@
+"""The study of recompute and swap: the poster's points by its fit, and auto never far from the better of the two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.recompute_vs_swap.__main__ import main
+from bench.recompute_vs_swap.crowds import Point, kv_memory, overhead
+from bench.recompute_vs_swap.figures import draw
+from bench.recompute_vs_swap.poster import cost_model, model_named, published
+from bench.recompute_vs_swap.simulation import Request, as_poster, fixed, over_time, zipf
+from bench.recompute_vs_swap.sweeps import block_size, evicted_tokens, parity_block_size, parity_exact
+
+LLAMA = model_named("llama-2-7b")
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What `--sim --json` says."""
+    out = tmp_path_factory.mktemp("out") / "out.txt"
+    with pytest.MonkeyPatch.context() as patch, out.open("w") as file:
+        patch.setattr("sys.stdout", file)
+        assert main(["--sim", "--json"]) == 0
+    said: dict = json.loads(out.read_text().splitlines()[-1])
+    return said
+
+
+def test_the_fit_is_as_good_as_it_says() -> None:
+    """Recompute of A to 0.3 %, pinned swap of B to 6 %."""
+    evicted, sizes = evicted_tokens().curves, block_size().curves
+    for x, there in zip(evicted["recompute"], published()["evicted_tokens"]["recompute"], strict=True):
+        assert x == pytest.approx(there, rel=0.003)
+    for x, there in zip(sizes["swap"], published()["block_size"]["swap"], strict=True):
+        assert x == pytest.approx(there, rel=0.06)
+
+
+def test_recompute_and_swap_meet_at_sixteen_tokens_a_block() -> None:
+    assert parity_block_size() == 16
+    assert 8 < parity_exact() < 16
+    sizes = block_size()
+    swap, recompute = sizes.curves["swap"], sizes.curves["recompute"]
+    assert [s < r for s, r in zip(swap, recompute, strict=True)] == [False, False, False, True, True, True]
+
+
+def test_pageable_memory_never_wins() -> None:
+    curves = block_size().curves
+    assert all(s > r for s, r in zip(curves["swap_pageable"], curves["recompute"], strict=True))
+    assert curves["auto_pageable"] == curves["recompute"]
+
+
+def test_grouped_queries_shift_everything_to_swap() -> None:
+    costs = {name: cost_model(model_named(name), 16) for name in ("llama-2-7b", "llama-3.1-8b")}
+    shares = {name: 2 * cost.load_s(64) / cost.prefill.seconds(1024) for name, cost in costs.items()}
+    assert shares["llama-3.1-8b"] < 0.6 * shares["llama-2-7b"]
+
+
+def test_auto_is_within_five_percent_of_the_better_everywhere_and_better_where_they_mix(document: dict) -> None:
+    assert document["metrics"]["auto_worst_excess"] <= 0.05
+    mixed = document["config"]["sweeps"]["mixed"]["curves"]
+    ways = zip(mixed["auto"], mixed["recompute"], mixed["swap"], strict=True)
+    assert any(auto < min(recompute, swap) for auto, recompute, swap in ways)
+
+
+def test_auto_is_charged_what_was_published_for_the_way_that_it_takes() -> None:
+    there = published()["evicted_tokens"]
+    for x, ways in zip(
+        evicted_tokens().curves["auto_published"], zip(there["recompute"], there["swap"], strict=True), strict=True
+    ):
+        assert x in ways
+
+
+def test_the_metrics_are_those_of_the_issue(document: dict) -> None:
+    assert document["bench"] == "recompute_vs_swap"
+    assert document["config"]["simulated"] is True
+    assert document["metrics"]["parity_block_size"] == 16
+    assert 0 < document["metrics"]["published_worst_error"] < 0.2
+
+
+def test_every_figure_is_drawn_from_the_json_and_is_small(document: dict, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    paths = draw(document, tmp_path)
+    assert {path.name.split("-")[1] for path in paths} >= {f"figure{i}" for i in range(2, 7)}
+    assert sum(path.stat().st_size for path in paths) < 1 << 20
+    assert all("<svg" in path.read_text() for path in paths)
+
+
+def test_where_all_fits_nobody_gives_way() -> None:
+    run = as_poster(LLAMA, fixed(8, 100, 50), blocks=8 * 10)
+    assert run.victims == []
+    assert run.recompute_s == 0
+
+
+def test_victims_are_counted_with_what_they_had_and_charged_what_the_steps_took() -> None:
+    """Two requests grow into a pool for one and a half: the younger gives way once, with the tokens that it had."""
+    run = as_poster(LLAMA, [Request(256, 256), Request(256, 256)], blocks=48)
+    (tokens,) = run.victims
+    assert 2 * tokens == pytest.approx(48 * 16, abs=32)
+    cost = cost_model(LLAMA, 16)
+    assert 0 < run.recompute_s <= cost.prefill.seconds(tokens + 1)
+
+
+def test_less_memory_costs_more_and_the_same_seed_the_same() -> None:
+    crowd = kv_memory("zipf", seed=1)
+    small, large = crowd.points[0], crowd.points[-1]
+    sweep = overhead(type(crowd)("", "", [small, large]))
+    assert sweep.curves["recompute"][0] > sweep.curves["recompute"][1] > 0
+    assert sweep == overhead(type(crowd)("", "", [small, large]))
+
+
+def test_lengths_are_zipfs() -> None:
+    drawn = zipf(4000, 100, 1100, 0.5, seed=3)
+    lengths = [request.prompt + request.output for request in drawn]
+    assert (min(lengths), max(lengths)) == pytest.approx((100, 1100), abs=10)
+    below = sum(length < 350 for length in lengths) / len(lengths)
+    assert below == pytest.approx(0.25**0.4, abs=0.03)  # the distribution function of k^-0.6
+
+
+def test_the_time_line_counts_every_token() -> None:
+    requests = fixed(20, 100, 60)
+    point = Point("", LLAMA, requests, kv_gb=0.5)
+    run = as_poster(point.model, requests, point.blocks)
+    line = over_time(run, point.blocks, points=10)
+    told = sum(rate * run.total_s / 10 for rate in line["tokens_per_s"])
+    # Each request's last token is sampled and never computed; what gave way is computed again.
+    assert told == pytest.approx(20 * 159 + sum(run.victims), rel=0.01)
+    assert max(line["kv_usage_percent"]) <= 100
+
+
+def test_without_matplotlib_the_extra_is_named(document: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from jserve.errors import Unsupported
+
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(Unsupported, match="pip install"):
+        draw(document, tmp_path)

@@ -164,16 +164,18 @@ class _Scene:
     def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
         self.said[name] = []
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self._engine.add(EngineRequest(request_id=name, token_ids=prompt, sampling=sampling))
+        self._engine.add(EngineRequest(request_id=name, token_ids=prompt, sampling=sampling, cache_salt=name))
 
     def play(self, until: Callable[[], bool]) -> None:
         for _ in range(STEPS_AT_MOST):
             if until():
                 return
+            if not self._engine.has_work:
+                break
             for output in self._engine.step():
                 self.said[output.request_id] += output.token_ids
                 self.ended |= {output.request_id} if output.finish_reason else set()
-        raise JserveError(f"nothing came of {STEPS_AT_MOST} steps: {self._engine.stats()}")
+        raise JserveError("nothing came of it: nobody gave way, or it never came back")
 
 
 def _take_what_is_free(engine: Engine) -> None:

@@ -11,8 +11,14 @@ from bench.recompute_vs_swap.__main__ import main
 from bench.recompute_vs_swap.crowds import Point, kv_memory, overhead
 from bench.recompute_vs_swap.figures import draw
 from bench.recompute_vs_swap.poster import cost_model, model_named, published
+from bench.recompute_vs_swap.real import give_way, pool_blocks
 from bench.recompute_vs_swap.simulation import Request, as_poster, fixed, over_time, zipf
 from bench.recompute_vs_swap.sweeps import block_size, evicted_tokens, parity_block_size, parity_exact
+from jserve.config import EngineConfig, SchedConfig
+from jserve.doors import EngineInfo
+from jserve.engine import Engine
+from jserve.errors import JserveError
+from jserve.simulated import SimulatedClock, SimulatedExecutor, expected_tokens
 
 LLAMA = model_named("llama-2-7b")
 
@@ -138,3 +144,30 @@ def test_without_matplotlib_the_extra_is_named(document: dict, tmp_path: Path, m
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(Unsupported, match="pip install"):
         draw(document, tmp_path)
+
+
+# --- the real engine's scene, on a simulated device -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [64, 200, 800])
+def test_the_younger_request_gives_way_once_and_says_what_it_would_have_said(length: int) -> None:
+    prompt = [(7 * i) % 97 for i in range(length)]
+    engine = simulated_engine(pool_blocks(length, 8))
+    found = give_way(engine, prompt)
+    assert found.said == expected_tokens(prompt, 32, 97)
+    assert length <= found.tokens < length + 32
+    assert found.how == "recompute"
+    again = [moment for moment in engine.history("younger").timelines[0].moments if moment.kind == "resumed"]
+    assert again[0].detail.startswith("0 of"), "others have taken its blocks"
+
+
+def test_a_scene_with_room_for_both_is_refused() -> None:
+    with pytest.raises(JserveError, match="nothing came of"):
+        give_way(simulated_engine(200), [1] * 20)
+
+
+def simulated_engine(blocks: int) -> Engine:
+    clock = SimulatedClock()
+    info = EngineInfo("simulated", "simulated", 97, 1000, 8, blocks, 256, "none", "simulated", 0, 0)
+    config = EngineConfig(sched=SchedConfig(max_running=2, token_budget=256))
+    return Engine(config, info, SimulatedExecutor(clock, blocks, 8, 97), clock)

@@ -17,7 +17,7 @@ from jserve.cache.cost import restore_strategy
 from jserve.cache.kv_cache import BlockTable, KVCache
 from jserve.config import EngineConfig
 from jserve.doors import Clock, EngineInfo, Executor, LaunchedStep, StepResult, SystemClock
-from jserve.errors import InvalidRequest, Overloaded
+from jserve.errors import ConfigError, InvalidRequest, Overloaded
 from jserve.request import MAX_STOP_IDS, EngineOutput, EngineRequest
 from jserve.sched.events import Event, EventKind
 from jserve.sched.plan import StepPlan
@@ -101,6 +101,11 @@ class Engine:
         from jserve.tiers import build_cache
 
         restore_strategy(config.cache.restore)  # a wrong name is told before the model is loaded
+        if config.sched.preempt != "recompute" and not config.cache.host_gib:
+            raise ConfigError(
+                f"sched.preempt is {config.sched.preempt!r}, and there is no host tier to swap to: "
+                "give cache.host_gib some GiB, or use recompute"
+            )
         runner = Runner.from_config(config, progress)
         return cls(config, runner.info, runner, cache=build_cache(config, runner, progress or SilentProgress()))
 

@@ -25,7 +25,7 @@ class EventKind(StrEnum):
     """It is admitted, and waits for blocks that are being copied from the host."""
     LOADED = "loaded"
     PREEMPTED = "preempted"
-    """It has given blocks back for `by`."""
+    """It has given blocks back for `by`, or has none for its next token, since those before it hold them all."""
     RESUMED = "resumed"
     """It is admitted again."""
     FIRST_TOKEN = "first_token"

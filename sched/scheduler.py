@@ -492,7 +492,9 @@ class Scheduler:
         self.stats.preemptions += 1
         self.stats.swaps += swapped
         mode = "swap" if swapped else "recompute"
-        self._tell(EventKind.PREEMPTED, victim, by, f"{mode}, {had - keep} of {had} blocks given back")
+        why = ", as none is left for its next token" if by is victim else ""
+        told_by = None if by is victim else by
+        self._tell(EventKind.PREEMPTED, victim, told_by, f"{mode}, {had - keep} of {had} blocks given back{why}")
         self._wait(victim)
 
     def _kept(self, victim: Sequence, wanted: int) -> int:

@@ -13,11 +13,11 @@ import pytest
 
 from jserve import checkpoints
 from jserve.cache.hierarchy import TieredCache
-from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
+from jserve.config import CacheConfig, EngineConfig, Preempt, RunnerConfig, SchedConfig
 from jserve.engine import Engine
 from jserve.errors import ConfigError
 from jserve.progress import SilentProgress
-from jserve.request import EngineRequest, SamplingParams
+from jserve.request import EngineOutput, EngineRequest, SamplingParams
 from jserve.runner import Runner, make_mesh
 from jserve.tiers import build_cache
 
@@ -45,6 +45,7 @@ def make_engine(
     directory: Path | None = None,
     restore: str = "always",
     tp: int = 1,
+    preempt: Preempt = "recompute",
 ) -> Engine:
     mesh = make_mesh(tp)
     loaded = checkpoints.load(MODEL, mesh=mesh, dtype=np.float32)
@@ -58,7 +59,7 @@ def make_engine(
             disk_gib=block_gib(disk),
             restore=restore,
         ),
-        sched=SchedConfig(max_running=4, token_budget=32),
+        sched=SchedConfig(max_running=4, token_budget=32, preempt=preempt),
         runner=RunnerConfig(token_buckets=(8, 32)),
     )
     runner = Runner(config, loaded.model, loaded.spec, loaded.name, mesh, SilentProgress())
@@ -200,3 +201,21 @@ def test_a_tier_that_cannot_be_had_is_named(tmp_path: Path) -> None:
     place.write_text("no directory")
     with pytest.raises(ConfigError, match="KV blocks cannot be kept in"):
         make_engine(device=24, host=8, directory=place)
+
+
+@pytest.mark.parametrize("preempt", ["recompute", "swap", "auto"])
+def test_preempted_at_random_steps_everybody_is_told_the_same(plain: dict[str, list[int]], preempt: Preempt) -> None:
+    engine = make_engine(device=60, host=400, preempt=preempt)
+    scheduler, step, rng = engine.scheduler, engine.step, random.Random(5)
+
+    def disturbed(max_steps: int = 1) -> list[EngineOutput]:
+        if scheduler.running and rng.random() < 0.25:
+            victim = rng.choice(scheduler.running)
+            scheduler._preempt(victim, victim, rng.choice([0, 1, 100]))
+        return step(max_steps)
+
+    engine.step = disturbed  # type: ignore[method-assign]
+    assert chat(engine) == plain
+    assert engine.stats().preemptions > 10
+    assert (scheduler.stats.swaps > 0) == (preempt != "recompute") or preempt == "auto"
+    check_idle(engine)

@@ -7,13 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost, restore_strategy
+from jserve.cache.hierarchy import TieredCache
+from jserve.cache.host_tier import HostTier
 from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
 from jserve.doors import EngineInfo
 from jserve.engine import Engine
 from jserve.request import EngineOutput, EngineRequest, SamplingParams
 from jserve.sched.events import Event
 from jserve.sched.plan import StepPlan
-from jserve.simulated import SimulatedClock, SimulatedExecutor, expected_tokens
+from jserve.simulated import SimulatedClock, SimulatedExecutor, SimulatedTransfer, expected_tokens
 from jserve.timeline import Timelines
 
 VOCAB = 97
@@ -37,6 +40,42 @@ def make_engine(
     )
     info = EngineInfo("simulated", "simulated", VOCAB, 10_000, block_size, blocks, budget, "none", "simulated", 0, 0)
     engine = Engine(config, info, executor, clock)
+    engine.timelines = Recorder()
+    return engine
+
+
+def make_tiered_engine(
+    blocks: int = 64,
+    block_size: int = 4,
+    max_running: int = 8,
+    budget: int = 16,
+    overlap: bool = False,
+    host: int = 100,
+    copy_s: float = 0.0,
+    block_copy_s: float = 1e-6,
+    **sched: Any,
+) -> Engine:
+    """With a host tier, whose copies take `copy_s` a block, and are believed to take `block_copy_s`."""
+    clock = SimulatedClock()
+    executor = SimulatedExecutor(clock, blocks, block_size, VOCAB)
+    link = LinkCost(bytes_per_s=1 / block_copy_s)
+    cache = TieredCache(
+        blocks,
+        block_size,
+        SimulatedTransfer(clock, executor, host, lambda kind, count: copy_s * count),
+        HostTier(host),
+        None,
+        cost=CostModel(PrefillCost(0.0, 1e-3, 0.0), DecodeCost(0.01), link, link, link, link, block_size, 1),
+        strategy=restore_strategy("always"),
+        staging_blocks=host,
+    )
+    config = EngineConfig(
+        cache=CacheConfig(block_size=block_size, device_blocks=blocks),
+        sched=SchedConfig(max_running=max_running, token_budget=budget, **sched),
+        runner=RunnerConfig(overlap=overlap),
+    )
+    info = EngineInfo("simulated", "simulated", VOCAB, 10_000, block_size, blocks, budget, "none", "simulated", 0, 0)
+    engine = Engine(config, info, executor, clock, cache)
     engine.timelines = Recorder()
     return engine
 

@@ -1,0 +1,114 @@
+"""Who yields gives back no more than is needed, and comes back by itself: computed again, or from the host."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulation import VOCAB, events_of, make_engine, make_tiered_engine, request, workload
+
+from jserve.engine import Engine
+from jserve.errors import ConfigError
+from jserve.sched.preemption import preemption_named
+from jserve.sched.scheduler import Scheduler
+from jserve.simulated import expected_tokens
+
+
+def run(engine: Engine, until: int | None = None) -> dict[str, list[int]]:
+    said: dict[str, list[int]] = {}
+    for step in range(50_000):
+        if not engine.has_work or step == until:
+            return said
+        for output in engine.step():
+            said.setdefault(output.request_id, []).extend(output.token_ids)
+    raise AssertionError(f"it never ends: {engine.stats()}")
+
+
+def preempt_somebody(scheduler: Scheduler, rng: random.Random) -> bool:
+    """As a decode or an admission would, at a moment when none has to."""
+    holders = [s for s in scheduler._holders if s.slot >= 0]
+    if holders:
+        victim = rng.choice(holders)
+        scheduler._preempt(victim, victim, rng.choice([0, 1, 2, 1000]))
+    return bool(holders)
+
+
+def test_only_the_tail_that_is_needed_goes_and_only_it_is_computed_again() -> None:
+    engine = make_engine(blocks=16, block_size=4, budget=64, reuse=True)
+    engine.add(request("old", list(range(20)), 20))  # 5 blocks, 10 in the end
+    engine.add(request("young", list(range(40, 72)), 6))  # 8 blocks, 10 in the end
+    said = run(engine)
+    assert said["young"] == expected_tokens(list(range(40, 72)), 6, VOCAB)
+    (preempted,) = [e for e in events_of(engine) if e.kind == "preempted"]
+    assert (preempted.request_id, preempted.by) == ("young", None)
+    assert preempted.detail.startswith("recompute, 0 of 9 blocks given back")
+    (resumed,) = [e for e in events_of(engine) if e.kind == "resumed"]
+    assert resumed.detail == "24 of 37 tokens are cached", "the old one has taken two more of its nine"
+
+
+def test_what_was_swapped_out_is_loaded_and_not_computed() -> None:
+    engine = make_tiered_engine(blocks=14, budget=64, preempt="swap")
+    engine.add(request("old", list(range(24)), 30))
+    engine.add(request("young", list(range(40, 64)), 8))
+    said = run(engine)
+    assert said["young"] == expected_tokens(list(range(40, 64)), 8, VOCAB)
+    assert engine.scheduler.stats.swaps == engine.stats().preemptions > 0
+    stats = engine.cache.stats()
+    assert stats["swapped_blocks"] > 0
+
+
+def test_auto_follows_the_cost_model() -> None:
+    for load_s, swaps in ((1e-9, True), (10.0, False)):
+        engine = make_tiered_engine(blocks=14, budget=64, preempt="auto", block_copy_s=load_s)
+        engine.add(request("old", list(range(24)), 30))
+        engine.add(request("young", list(range(40, 64)), 8))
+        run(engine)
+        assert engine.stats().preemptions > 0
+        assert (engine.scheduler.stats.swaps > 0) == swaps
+
+
+def test_an_unknown_way_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'discard': use one of recompute, swap, auto"):
+        preemption_named("discard")
+
+
+WORLDS = st.fixed_dictionaries(
+    {
+        "blocks": st.integers(10, 40),
+        "max_running": st.integers(1, 6),
+        "budget": st.integers(8, 40),
+        "overlap": st.booleans(),
+        "preempt": st.sampled_from(["recompute", "swap", "auto"]),
+        "order": st.sampled_from(["flashgen", "fcfs", "prefix"]),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(WORLDS, st.booleans(), st.integers(0, 2**32), st.integers(1, 8))
+def test_preempted_anywhere_a_request_says_the_same(world: dict, tiered: bool, seed: int, requests: int) -> None:
+    rng = random.Random(seed)
+    if tiered:
+        engine = make_tiered_engine(**world, copy_s=rng.choice([0.0, 0.02]), host=rng.choice([4, 40]))
+    else:
+        engine = make_engine(**world, reuse=rng.random() < 0.7)
+    arrivals = workload(seed, requests, engine.max_total_tokens)
+    said: dict[str, list[int]] = {}
+    todo, forced = list(arrivals), 0
+    for _ in range(50_000):
+        if todo and rng.random() < 0.3:
+            engine.add(todo.pop(0).request)
+        elif forced < 10 and rng.random() < 0.05:
+            forced += preempt_somebody(engine.scheduler, rng)
+        if not engine.has_work and not todo:
+            break
+        for output in engine.step():
+            said.setdefault(output.request_id, []).extend(output.token_ids)
+    else:
+        raise AssertionError("it never ends")
+    assert said == {a.request.request_id: a.answer for a in arrivals}
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.held_blocks) == (0, 0, 0)
+    assert sorted(engine.scheduler._free_slots) == list(range(world["max_running"]))

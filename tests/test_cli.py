@@ -47,7 +47,7 @@ def test_flags_become_the_configuration() -> None:
     flags = (
         "--model M --dtype bfloat16 --tp 3 --max-model-len 99 --block-size 8 --device-blocks 7 --memory-fraction 0.5"
     )
-    flags += " --max-running 5 --token-budget 64 --max-waiting 6 --attention-backend xla"
+    flags += " --max-running 5 --token-budget 64 --max-waiting 6 --order fcfs --victim largest --preempt auto --attention-backend xla"
     flags += (
         " --host-gib 2 --disk-dir /d --disk-gib 3 --staging-gib 0.5 --restore cost --eviction fifo --load-timeout 4"
     )
@@ -57,7 +57,7 @@ def test_flags_become_the_configuration() -> None:
     engine, server = build(EngineConfig, args), build(ServerConfig, args)
     assert (engine.model, engine.dtype, engine.tp, engine.max_model_len) == ("M", "bfloat16", 3, 99)
     assert dataclasses.astuple(engine.cache) == (8, 7, 0.5, True, True, 2.0, "/d", 3.0, 0.5, "cost", "fifo", 4.0)
-    assert dataclasses.astuple(engine.sched) == (5, 64, 6)
+    assert dataclasses.astuple(engine.sched) == (5, 64, 6, "fcfs", "largest", "auto")
     assert dataclasses.astuple(engine.runner) == ("xla", (16, 64), False, False, Path("/c"), Path("/p"), 7, 8)
     assert (server.port, server.drain_timeout_s) == (1, 2.5)
     assert not build(CacheConfig, vars(cli._parser().parse_args(["serve", "--no-prefix-cache"]))).prefix_cache

@@ -47,7 +47,8 @@ def test_flags_become_the_configuration() -> None:
     flags = (
         "--model M --dtype bfloat16 --tp 3 --max-model-len 99 --block-size 8 --device-blocks 7 --memory-fraction 0.5"
     )
-    flags += " --max-running 5 --token-budget 64 --max-waiting 6 --order fcfs --victim largest --preempt auto --attention-backend xla"
+    flags += " --max-running 5 --token-budget 64 --max-waiting 6 --attention-backend xla"
+    flags += " --order fcfs --victim largest --preempt auto"
     flags += (
         " --host-gib 2 --disk-dir /d --disk-gib 3 --staging-gib 0.5 --restore cost --eviction fifo --load-timeout 4"
     )

@@ -49,7 +49,7 @@ def _simulate(args: argparse.Namespace, screen: Console) -> None:
     from bench.recompute_vs_swap.figures import draw
     from bench.recompute_vs_swap.simulated import study
 
-    found = study(args.seed, RichProgress())
+    found = study(args.seed, RichProgress(), short=args.short)
     for sweep in found.sweeps.values():
         _show(sweep, screen)
     result = report.Result("recompute_vs_swap", found.metrics(), {"simulated": True, **asdict(found)}, args.seed)
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--sim", action="store_true", help="the poster's sweeps, simulated (no model is loaded)")
+    parser.add_argument("--short", action="store_true", help="with --sim: the first and the last point of each sweep")
     parser.add_argument(
         "--figures",
         type=Path,

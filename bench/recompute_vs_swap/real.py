@@ -1,9 +1,9 @@
 """The same question put to the real engine: a request is made to give way, and comes back one way or the other.
 
-Two requests share a pool that holds them only at first. The older one grows, the younger gives way; while it waits,
-all blocks that nobody holds are taken once by another, so that none of its own are found on the device again. When the
-older one has ended it comes back, alone on the device: what counts is the time from there to its next token. Copying
-out is measured apart, because with write-through it has happened before.
+A first request runs; a second one that needs the whole pool waits for it, and a third that fits beside the first
+overtakes it (FlashGen's order). When the first has ended, the third must give back all of its blocks, and the second
+writes over every one of them. When that has ended, the third comes back, alone on the device: what counts is the time
+from there to its next token. Copying out is measured apart, because with write-through it has happened before.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from bench.recompute_vs_swap.simulation import Way
@@ -19,7 +19,6 @@ from bench.recompute_vs_swap.sweeps import Sweep
 from bench.tier_engines import make_runner, plain_engine, tiered_engine
 from jserve import calibrate
 from jserve.cache.cost import CostModel, swap_or_recompute
-from jserve.cache.kv_cache import BlockTable
 from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
 from jserve.engine import Engine
 from jserve.errors import JserveError
@@ -31,9 +30,9 @@ from jserve.transfer import JaxTransfer
 WAYS: tuple[Way, ...] = ("recompute", "swap", "auto")
 BUDGET = 256
 """Tokens of a step: what the engine takes on a CPU."""
-OLDER, YOUNGER = "older", "younger"
-SLACK_BLOCKS = 3
-"""Beyond what both hold when the younger one starts."""
+FIRST, HEAD, LATE = "first", "head", "late"
+MARGIN_BLOCKS = 8
+"""Beyond what the late one's prompt takes: for the first one, and for what both say."""
 STEPS_AT_MOST = 10_000
 
 
@@ -51,8 +50,8 @@ class Return:
 
 
 def pool_blocks(tokens: int, block_size: int) -> int:
-    """For a younger request of so many tokens and an older one of a block."""
-    return -(-tokens // block_size) + 1 + SLACK_BLOCKS
+    """For a late request with a prompt of so many tokens."""
+    return -(-tokens // block_size) + MARGIN_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,8 @@ def measure(
     config = EngineConfig(
         model=model,
         cache=CacheConfig(device_blocks=pool_blocks(max(lengths), 8), host_gib=1.0),
-        sched=SchedConfig(max_running=2, token_budget=BUDGET),
-        runner=RunnerConfig(token_buckets=(2, 64, BUDGET)),
+        sched=SchedConfig(max_running=3, order="flashgen", token_budget=BUDGET),
+        runner=RunnerConfig(token_buckets=(4, 64, BUDGET)),
     )
     runner = make_runner(config, shape, progress)
     try:
@@ -133,24 +132,26 @@ def _told(seen: Mapping[int, Mapping[Way, Sequence[Return]]], runner: Runner, co
 def give_way(engine: Engine, prompt: list[int]) -> Return:
     """See the module. JserveError if the engine does not do what the scene asks of it."""
     scene, size = _Scene(engine), engine.info.block_size
-    scene.add(OLDER, prompt[:size], 6 * size)
-    scene.play(lambda: bool(scene.said[OLDER]))
-    scene.add(YOUNGER, prompt, 4 * size)
-    scene.play(lambda: engine.stats().preemptions > 0)
-    _take_what_is_free(engine)
-    had = len(prompt) + len(scene.said[YOUNGER])
-    scene.play(lambda: OLDER in scene.ended)
-    before = len(scene.said[YOUNGER])
+    whole = engine.cache.num_blocks * size
+    scene.add(FIRST, prompt[:size], 2 * size)
+    scene.play(lambda: bool(scene.said[FIRST]))
+    scene.add(HEAD, [(token + 1) % engine.info.vocab_size for token in _repeated(prompt, whole - 2)], 2)
+    scene.add(LATE, prompt, 4 * size)
+    scene.play(lambda: HEAD in scene.ended)
+    before = len(scene.said[LATE])
     start_s = time.perf_counter()
-    scene.play(lambda: len(scene.said[YOUNGER]) > before)
+    scene.play(lambda: len(scene.said[LATE]) > before)
     back_s = time.perf_counter() - start_s
-    scene.play(lambda: YOUNGER in scene.ended)
-    (timeline,) = engine.history(YOUNGER).timelines
-    times = {moment.kind: moment for moment in timeline.moments}
-    older_end_s = engine.history(OLDER).timelines[0].moments[-1].time_s
-    if engine.stats().preemptions > 1 or times["resumed"].time_s < older_end_s:
-        raise JserveError("the younger request came back before there was room for it: measure again")
-    return Return(had - 1, back_s, times["preempted"].detail.partition(",")[0], scene.said[YOUNGER])
+    scene.play(lambda: LATE in scene.ended)
+    moments = {moment.kind: moment for moment in engine.history(LATE).timelines[0].moments}
+    head_end_s = engine.history(HEAD).timelines[0].moments[-1].time_s
+    if not {"preempted", "resumed"} <= moments.keys() or moments["resumed"].time_s < head_end_s or not before:
+        raise JserveError("the late request did not give way, or came back before there was room: use longer lengths")
+    return Return(len(prompt) + before - 1, back_s, moments["preempted"].detail.partition(",")[0], scene.said[LATE])
+
+
+def _repeated(prompt: list[int], count: int) -> list[int]:
+    return (prompt * (count // len(prompt) + 1))[:count]
 
 
 class _Scene:
@@ -178,17 +179,9 @@ class _Scene:
         raise JserveError("nothing came of it: nobody gave way, or it never came back")
 
 
-def _take_what_is_free(engine: Engine) -> None:
-    """As a third request would: what those blocks held is found on the device no more."""
-    cache = engine.cache
-    table = BlockTable(b"somebody else")
-    taken = cache.extend(table, cache.pool.num_free * cache.block_size)
-    assert taken, "it was free"
-    cache.release(table)
-
-
 def _engine(config: EngineConfig, runner: Runner, cost: CostModel, way: Way, length: int) -> Engine:
     """Recompute without a host tier; the others with one that holds all."""
+    config = replace(config, sched=replace(config.sched, preempt=way))
     blocks = pool_blocks(length, runner.info.block_size)
     if way == "recompute":
         return plain_engine(config, runner, blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.recompute_vs_swap.crowds import Point, crowds, overhead, served
 from bench.recompute_vs_swap.simulation import Way, as_served, over_time
@@ -13,7 +13,7 @@ from jserve.progress import Progress
 
 EXACT = ("evicted_tokens", "block_size")
 """Sweeps that are formulas alone."""
-SERVED: tuple[str, ...] = ()
+SERVED = ("kv_memory_zipf", "models", "mixed")
 """Sweeps that are played with each way of preemption too."""
 
 
@@ -39,9 +39,12 @@ class Study:
         }
 
 
-def study(seed: int, progress: Progress) -> Study:
+def study(seed: int, progress: Progress, *, short: bool = False) -> Study:
+    """`short`: only the first and the last point of each sweep of many requests."""
     sweeps = {"evicted_tokens": evicted_tokens(), "block_size": block_size()}
     many = crowds(seed)
+    if short:
+        many = {name: replace(crowd, points=[crowd.points[0], crowd.points[-1]]) for name, crowd in many.items()}
     runs = sum(len(crowd.points) * (1 + 5 * (name in SERVED)) for name, crowd in many.items())
     with progress.track("simulating", runs) as task:
         for name, crowd in many.items():
@@ -52,7 +55,7 @@ def study(seed: int, progress: Progress) -> Study:
 
 
 def _over_time(point: Point) -> Mapping[str, Mapping[str, Sequence[float]]]:
-    ways: tuple[Way, ...] = ("recompute",)
+    ways: tuple[Way, ...] = ("recompute", "swap", "auto")
     runs = {
         way: as_served(point.model, point.requests, point.blocks, point.block_tokens, way, write_through=False)
         for way in ways

@@ -32,7 +32,7 @@ BUDGET = 8192
 """Tokens of a step: the artifact's."""
 MAX_RUNNING = 256
 HOST_GIB = 64.0
-JUMP = 1 << 20
+JUMP = 256
 """Decode steps that one plan may span; with write-through, which copies once a plan, only `FEW_STEPS`."""
 FEW_STEPS = 2
 Way = Literal["recompute", "swap", "auto"]
@@ -108,7 +108,7 @@ def as_served(
 
 def _system(model: Model, requests: Sequence[Request], blocks: int, cache: CacheConfig, way: Way) -> System:
     assert cache.block_size is not None
-    sched = SchedConfig(max_running=MAX_RUNNING, order="fcfs")
+    sched = SchedConfig(max_running=MAX_RUNNING, order="fcfs", preempt=way)
     return System(
         cost_model(model, cache.block_size),
         blocks,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from bench.recompute_vs_swap import simulated
 from bench.recompute_vs_swap.__main__ import main
-from bench.recompute_vs_swap.crowds import Point, kv_memory, overhead
+from bench.recompute_vs_swap.crowds import Point, kv_memory, overhead, served
 from bench.recompute_vs_swap.figures import draw
 from bench.recompute_vs_swap.poster import cost_model, model_named, published
 from bench.recompute_vs_swap.real import give_way, pool_blocks
@@ -25,11 +27,12 @@ LLAMA = model_named("llama-2-7b")
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What `--sim --json` says."""
+    """What `--sim --short --json` says."""
     out = tmp_path_factory.mktemp("out") / "out.txt"
     with pytest.MonkeyPatch.context() as patch, out.open("w") as file:
         patch.setattr("sys.stdout", file)
-        assert main(["--sim", "--json"]) == 0
+        patch.setattr(simulated, "SERVED", ("models",))
+        assert main(["--sim", "--short", "--json"]) == 0
     said: dict = json.loads(out.read_text().splitlines()[-1])
     return said
 
@@ -116,6 +119,14 @@ def test_less_memory_costs_more_and_the_same_seed_the_same() -> None:
     assert sweep == overhead(type(crowd)("", "", [small, large]))
 
 
+def test_each_way_of_preemption_is_served_to_the_end_and_none_is_far_from_another() -> None:
+    crowd = type(kv_memory("zipf", seed=0))("", "", [Point("", LLAMA, zipf(24, 64, 512, 0.5, seed=2), kv_gb=1)])
+    times = {name: curve[0] for name, curve in served(crowd).curves.items()}
+    assert times.keys() == {"recompute", "swap", "auto", "swap_one_way", "auto_one_way"}
+    assert max(times.values()) < 1.2 * min(times.values())
+    assert served(crowd).worst_excess < 0.05
+
+
 def test_lengths_are_zipfs() -> None:
     drawn = zipf(4000, 100, 1100, 0.5, seed=3)
     lengths = [request.prompt + request.output for request in drawn]
@@ -150,24 +161,24 @@ def test_without_matplotlib_the_extra_is_named(document: dict, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("length", [64, 200, 800])
-def test_the_younger_request_gives_way_once_and_says_what_it_would_have_said(length: int) -> None:
+def test_the_late_request_gives_way_once_and_says_what_it_would_have_said(length: int) -> None:
     prompt = [(7 * i) % 97 for i in range(length)]
     engine = simulated_engine(pool_blocks(length, 8))
     found = give_way(engine, prompt)
     assert found.said == expected_tokens(prompt, 32, 97)
     assert length <= found.tokens < length + 32
     assert found.how == "recompute"
-    again = [moment for moment in engine.history("younger").timelines[0].moments if moment.kind == "resumed"]
+    again = [moment for moment in engine.history("late").timelines[0].moments if moment.kind == "resumed"]
     assert again[0].detail.startswith("0 of"), "others have taken its blocks"
 
 
-def test_a_scene_with_room_for_both_is_refused() -> None:
-    with pytest.raises(JserveError, match="nothing came of"):
-        give_way(simulated_engine(200), [1] * 20)
+def test_a_scene_in_which_nobody_overtakes_is_refused() -> None:
+    with pytest.raises(JserveError, match="did not give way"):
+        give_way(simulated_engine(pool_blocks(64, 8), "fcfs"), [1] * 64)
 
 
-def simulated_engine(blocks: int) -> Engine:
+def simulated_engine(blocks: int, order: Literal["fcfs", "flashgen"] = "flashgen") -> Engine:
     clock = SimulatedClock()
     info = EngineInfo("simulated", "simulated", 97, 1000, 8, blocks, 256, "none", "simulated", 0, 0)
-    config = EngineConfig(sched=SchedConfig(max_running=2, token_budget=256))
+    config = EngineConfig(sched=SchedConfig(max_running=3, token_budget=256, order=order))
     return Engine(config, info, SimulatedExecutor(clock, blocks, 8, 97), clock)

@@ -12,9 +12,9 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Noise:
-    """Counts from its making on. What the server's processes and this one take is not noise."""
+    """Counts from its making on. What this process takes is not noise, nor what the server's do, if there is one."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server | None = None) -> None:
         self._server = server
         self._start = self._seconds()
 
@@ -26,7 +26,8 @@ class Noise:
     def _seconds(self) -> tuple[float, float, float]:
         """Of the clock, of all busy cores, of our own processes."""
         own = os.times()
-        ours_s = own.user + own.system + sum(map(_process_s, family(self._server.process.pid)))
+        servers = family(self._server.process.pid) if self._server is not None else ()
+        ours_s = own.user + own.system + sum(map(_process_s, servers))
         return time.perf_counter(), _busy_s(), ours_s
 
 

@@ -64,7 +64,9 @@ def _measure(args: argparse.Namespace, screen: Console) -> None:
 
     found = measure(args.model, None if args.model else args.shape, args.lengths, args.turns, args.seed, RichProgress())
     _show(found.sweep, screen)
-    report.note(screen, "A machine that others use at the same time measures them too.")
+    report.note(
+        screen, f"Others took {found.others_cores:.2f} cores meanwhile: near 0 is a measurement, more is a hint."
+    )
     config = {"simulated": False, "turns": args.turns, "cost": found.cost.to_dict(), "sweep": asdict(found.sweep)}
     report.emit(report.Result("recompute_vs_swap", found.metrics(), config, args.seed), args)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from bench.noise import Noise
 from bench.recompute_vs_swap.simulation import Way
 from bench.recompute_vs_swap.sweeps import Sweep
 from bench.tier_engines import make_runner, plain_engine, tiered_engine
@@ -65,6 +66,8 @@ class Measured:
     """Whether every way gave the same answers."""
     auto_swapped: int
     """Lengths at which auto chose to swap."""
+    others_cores: float
+    """That other processes took meanwhile."""
 
     def metrics(self) -> dict[str, float]:
         curves = self.sweep.curves
@@ -75,6 +78,7 @@ class Measured:
             "swap_over_recompute_shortest": shares[0],
             "swap_over_recompute_longest": shares[-1],
             "same_tokens": int(self.same_tokens),
+            "others_cores": self.others_cores,
         }
 
 
@@ -92,8 +96,10 @@ def measure(
     try:
         cost = calibrate.measure(config, runner, JaxTransfer(runner), progress)
         with progress.track("giving way", len(lengths) * (turns + 1) * len(WAYS)) as task:
+            noise = Noise()
             seen = {n: _returns(config, runner, cost, n, turns, seed, task.advance) for n in lengths}
-        return _told(seen, runner, cost)
+            others_cores = noise.others_cores()
+        return _told(seen, runner, cost, others_cores)
     finally:
         runner.close()
 
@@ -112,7 +118,9 @@ def _returns(
     return seen
 
 
-def _told(seen: Mapping[int, Mapping[Way, Sequence[Return]]], runner: Runner, cost: CostModel) -> Measured:
+def _told(
+    seen: Mapping[int, Mapping[Way, Sequence[Return]]], runner: Runner, cost: CostModel, others_cores: float
+) -> Measured:
     curves: dict[str, list[float]] = {
         way: [median(found.back_s for found in returns[way]) for returns in seen.values()] for way in WAYS
     }
@@ -126,7 +134,7 @@ def _told(seen: Mapping[int, Mapping[Way, Sequence[Return]]], runner: Runner, co
     same = all(len({tuple(found.said) for way in WAYS for found in returns[way]}) == 1 for returns in seen.values())
     title = f"giving way on {runner.info.model}, {runner.info.backend}: from room for it to its next token"
     sweep = Sweep(title, "tokens of the prompt", list(seen), curves, notes)
-    return Measured(sweep, cost, same, hows.count("swap"))
+    return Measured(sweep, cost, same, hows.count("swap"), others_cores)
 
 
 def give_way(engine: Engine, prompt: list[int]) -> Return:

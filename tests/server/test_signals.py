@@ -17,10 +17,11 @@ import pytest
 from byte_model import write_byte_model
 from running_server import HERE, StartServer, start
 
+from jserve.config import EngineConfig, describe
 from jserve.errors import Unavailable
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0}
-LAST_SETTING = "runner.compile_cache_dir"
+LAST_SETTING = describe(EngineConfig())[-1].split(" = ")[0]
 
 
 @contextmanager

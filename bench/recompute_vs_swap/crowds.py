@@ -95,14 +95,15 @@ def crowds(seed: int) -> Mapping[str, Crowd]:
 def overhead(crowd: Crowd, tick: Callable[[], None] = lambda: None) -> Sweep:
     """The poster's measure: seconds spent on those that gave way, all their blocks out and in, or all computed again.
 
-    Who gives way does not depend on the way back: all requests arrive at once and a step is a step.
+    Who gives way does not depend on the way back: all requests arrive at once and a step is a step. `recompute` charges
+    each victim a step of its own, `recompute_in_steps` is what the steps that it shares with others took longer.
     """
-    names = ("recompute", "swap", "auto", "swap_one_way", "auto_one_way")
+    names = ("recompute", "swap", "auto", "swap_one_way", "auto_one_way", "recompute_in_steps")
     curves: dict[str, Curve] = {name: [] for name in names}
     victims: Curve = []
     for point in crowd.points:
         run = as_poster(point.model, point.requests, point.blocks, point.block_tokens)
-        sums = _charge(run.victims, point)
+        sums = _charge(run.victims, point) | {"recompute_in_steps": run.recompute_s}
         for name in names:
             curves[name].append(sums[name])
         victims.append(len(run.victims))

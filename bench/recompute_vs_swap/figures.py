@@ -41,6 +41,8 @@ def draw(document: Mapping[str, Any], directory: Path) -> list[Path]:
         "models": lambda figure: _bars(figure, [sweeps["models"]]),
         "mixed-lengths": lambda figure: _bars(figure, [sweeps["mixed"]]),
     }
+    if served := [sweep for name, sweep in sweeps.items() if name.startswith("served_")]:
+        figures = {**figures, "as-served": lambda figure: _shares(figure, served)}
     paths = []
     directory.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "jserve", "font.size": 9, "svg.fonttype": "none"}):
@@ -110,6 +112,23 @@ def _bars(figure: Any, sweeps: Sequence[Mapping[str, Any]]) -> None:
         axes.set_xticks(places, [str(x) for x in sweep["x"]], rotation=60 if len(places) > 8 else 0)
         axes.legend(fontsize="small")
         axes.grid(True, axis="y", alpha=0.2)
+
+
+def _shares(figure: Any, sweeps: Sequence[Mapping[str, Any]]) -> None:
+    """Times to the last token as shares of recompute's."""
+    for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
+        places = range(len(sweep["x"]))
+        for name in ("swap", "auto", "swap_one_way", "auto_one_way"):
+            ways = zip(sweep["curves"][name], sweep["curves"]["recompute"], strict=True)
+            style = "s--" if name.endswith("one_way") else "o-"
+            color = COLORS[name.removesuffix("_one_way")]
+            axes.plot(places, [time / recompute for time, recompute in ways], style, color=color, label=_label(name))
+        axes.axhline(1.0, color=COLORS["recompute"], label="recompute")
+        axes.set(xlabel=sweep["x_label"], ylabel="time to the last token, over recompute's")
+        axes.set_title(sweep["title"].partition(",")[0], fontsize=9)
+        axes.set_xticks(places, [str(x) for x in sweep["x"]])
+        axes.legend(fontsize="small")
+        axes.grid(True, alpha=0.2)
 
 
 def _over_time(figure: Any, runs: Mapping[str, Curves]) -> None:

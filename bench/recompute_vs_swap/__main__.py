@@ -53,10 +53,10 @@ def _simulate(args: argparse.Namespace, screen: Console) -> None:
     for sweep in found.sweeps.values():
         _show(sweep, screen)
     result = report.Result("recompute_vs_swap", found.metrics(), {"simulated": True, **asdict(found)}, args.seed)
+    report.emit(result, args)  # before the figures: they would make the commit a dirty one
     if args.figures is not None:
         for path in draw(result.document(), args.figures):
             report.note(screen, f"drew {path}")
-    report.emit(result, args)
 
 
 def _measure(args: argparse.Namespace, screen: Console) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jserve import __version__
-from jserve.config import EngineConfig, ServerConfig
+from jserve.config import CacheConfig, EngineConfig, SchedConfig, ServerConfig
 from jserve.errors import JserveError
 from jserve.interrupts import Interrupts
 from jserve.settings import Setting, build, settings_of
@@ -124,6 +124,22 @@ def _calibrate(args: argparse.Namespace) -> int:
     finally:
         transfer.close()
     print(as_json(cost, runner.info, config) if args.json else table(cost, runner.info, config))
+    return 0
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from jserve.console import RichProgress
+    from jserve.simulation import command
+
+    print(command.run(args, RichProgress()))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from jserve.console import RichProgress
+    from jserve.simulation import plan
+
+    print(plan.run(args, RichProgress()))
     return 0
 
 
@@ -277,6 +293,8 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     _add_settings(calibrate, "engine, as for serve", EngineConfig)
 
+    _add_simulations(commands)
+
     session = commands.add_parser("session", help="move a conversation's KV between servers with disk tiers")
     moves = session.add_subparsers(title="commands", required=True, metavar="COMMAND")
     export = _command(moves, "export", _export_session, "write a conversation's KV from a disk tier as a snapshot")
@@ -296,6 +314,19 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_simulations(commands: Any) -> None:
+    from jserve.simulation import command, plan
+
+    simulate = _command(commands, "simulate", _simulate, "tell what a trace would do on hardware that is not at hand")
+    command.add_flags(simulate)
+    capacity = _command(commands, "plan", _plan, "tell whether a model fits, what it can hold and how fast it would be")
+    plan.add_flags(capacity)
+    for parser in (simulate, capacity):
+        parser.add_argument("--no-disk", action="store_true", help="no disk tier")
+        _add_settings(parser, "cache", CacheConfig, only=command.SIZES)
+        _add_settings(parser, "scheduler", SchedConfig, only=command.LIMITS)
 
 
 def _add_session_flags(parser: argparse.ArgumentParser, snapshot: str) -> None:

@@ -80,8 +80,35 @@ ARMS = {
 }
 
 
+def _without_cost_model(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    cache, sched = _jserve(cache, sched)
+    return replace(cache, restore="flashgen"), sched
+
+
+def _always(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    cache, sched = _jserve(cache, sched)
+    return replace(cache, restore="always"), sched
+
+
+def _without_reordering(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    cache, sched = _jserve(cache, sched)
+    return cache, replace(sched, order="fcfs")
+
+
+ABLATIONS = {
+    arm.name: arm
+    for arm in (
+        Arm("jserve, restore=flashgen", "the disk only if another request waits", True, _without_cost_model),
+        Arm("jserve, restore=always", "whatever any tier has, never a split", True, _always),
+        Arm("jserve, order=fcfs", "nobody passes one that does not fit", True, _without_reordering),
+    )
+}
+"""The `jserve` arm with one of its choices taken back: what it loses is what the choice gains."""
+
+
 def arm(name: str) -> Arm:
     """By name; ConfigError tells those that there are."""
-    if name not in ARMS:
+    known = ARMS | ABLATIONS
+    if name not in known:
         raise ConfigError(f"there is no policy {name!r}: use one of {', '.join(ARMS)}")
-    return ARMS[name]
+    return known[name]

@@ -1,0 +1,265 @@
+"""`python -m bench.flashgen`: the seeds' evaluation, simulated: FlashGen's machine, models, clients and figures.
+
+Every number is simulated: production engine, scheduler and cache over timed doors (`jserve.simulation`), on profiles
+whose every number has its source. `--short` takes under a minute and gives the headline metrics alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench import flashgen_published as published
+from bench import report
+from bench.flashgen_runs import BOUND_S, MODELS, Point, Run, run_all, throughput_at, with_clients
+from jserve.console import RichProgress
+from jserve.errors import JserveError
+from jserve.simulation.arms import ABLATIONS, ARMS
+
+CLIENTS = {
+    "opt-13b": (20, 30, 40, 50, 60, 70, 80, 90, 100),
+    "opt-30b": (20, 30, 40, 50, 60, 70, 80, 90, 100),
+    "llama-2-13b": (20, 30, 40, 50, 60, 70, 80, 90, 100),
+    "llama-2-70b": (10, 20, 30, 40, 50, 60, 70),
+}
+SHORT_CLIENTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "vllm": {
+        "opt-13b": (40, 55, 70),
+        "opt-30b": (40, 50, 60, 80),
+        "llama-2-13b": (40, 55, 70),
+        "llama-2-70b": (10, 20, 30),
+    },
+    "flashgen": {"opt-13b": (60, 80), "opt-30b": (60, 80), "llama-2-13b": (60, 80), "llama-2-70b": (30, 40, 50)},
+    "jserve": {
+        "opt-13b": (60, 80, 90),
+        "opt-30b": (50, 60, 80),
+        "llama-2-13b": (60, 80, 90),
+        "llama-2-70b": (30, 40, 50),
+    },
+}
+HOST_GB = (168.0, 224.0, 280.0)
+LONG = (16384, 24576, 32768)
+TIER_CLIENTS = (20, 40, 60, 80, 100, 120)
+DETAIL, DETAIL_CLIENTS = "opt-30b", 60
+"""The model and load of the figures about one point."""
+
+
+def main() -> int:
+    args = _arguments()
+    console = report.console(args)
+    try:
+        return _evaluate(args, console)
+    except JserveError as error:
+        print(f"bench.flashgen: {error}", file=sys.stderr)
+        return 2
+
+
+def _evaluate(args: argparse.Namespace, console: Console) -> int:
+    base = Run(
+        "opt-30b",
+        "jserve",
+        60,
+        calls=400 if args.short else args.calls,
+        warm_up_turns=5 if args.short else 10,
+        seed=args.seed,
+        block_tokens=args.block_size,
+    )
+    plan = _short_plan(base, args.models) if args.short else _plan(base, args.models)
+    points = list(run_all(plan, args.jobs, RichProgress()).values())
+    curves = _curves(points, base)
+    metrics = _metrics(curves, points, base)
+    _print(console, curves, points, metrics, base)
+    config = {"simulated": True, "short": args.short, "calls": base.calls, "block_size": base.block_tokens}
+    if args.figures is not None:
+        from bench.flashgen_figures import draw_all
+
+        document = figures_document(points, base)
+        for path in draw_all(document["points"], args.figures):
+            report.note(console, f"drawn {path}")
+    if args.points is not None:
+        args.points.write_text(json.dumps(figures_document(points, base), indent=1) + "\n")
+    report.emit(report.Result("flashgen", metrics, config | {"points": len(points)}, args.seed), args)
+    return 0
+
+
+# --- what is run
+
+
+def _plan(base: Run, models: Sequence[str]) -> list[Run]:
+    runs = [run for m in models for a in ARMS for run in with_clients(_of(base, m, a), CLIENTS[m])]
+    runs += [run for m in models for a in ABLATIONS for run in with_clients(_of(base, m, a), CLIENTS[m][2:])]
+    if DETAIL in models:
+        runs += [_of(base, DETAIL, a, host_gb=gb) for a in ("flashgen", "jserve") for gb in HOST_GB]
+        runs += [_long(base, a, longest) for a in ("vllm", "flashgen-sched", "jserve") for longest in LONG]
+        runs += [
+            run
+            for work in ("humaneval", "alpaca")
+            for run in with_clients(_of(base, DETAIL, "flashgen", work=work), TIER_CLIENTS)
+        ]
+    return runs
+
+
+def _short_plan(base: Run, models: Sequence[str]) -> list[Run]:
+    return [run for a, of in SHORT_CLIENTS.items() for m in models for run in with_clients(_of(base, m, a), of[m])]
+
+
+def _of(base: Run, model: str, arm: str, **changes: Any) -> Run:
+    return replace(base, model=model, arm=arm, **changes)
+
+
+def _long(base: Run, arm: str, longest: int) -> Run:
+    """Figure 19: single requests, as many clients as keep the device short of memory."""
+    return _of(base, DETAIL, arm, work="long", max_tokens=longest * 17 // 16, clients=40, calls=300, warm_up_turns=2)
+
+
+# --- what comes of it
+
+
+Curves = Mapping[tuple[str, str], list[Point]]
+
+
+def _curves(points: Sequence[Point], base: Run) -> dict[tuple[str, str], list[Point]]:
+    """The ShareGPT points of each model and arm, by clients."""
+    curves: dict[tuple[str, str], list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.run.clients):
+        run = point.run
+        if run.work == "sharegpt" and run.host_gb == base.host_gb:
+            curves.setdefault((run.model, run.arm), []).append(point)
+    return curves
+
+
+def _metrics(curves: Curves, points: Sequence[Point], base: Run) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    models = [m for m in MODELS if (m, "jserve") in curves]
+    at = {key: throughput_at(curve) for key, curve in curves.items()}
+    for model in models:
+        name = (
+            model.replace("-", "", 1)
+            if model.startswith("opt")
+            else model.replace("llama-2", "llama2").replace("-", "_")
+        )
+        metrics[f"{name}_throughput_ratio"] = at[model, "jserve"] / at[model, "vllm"]
+    metrics["jserve_over_flashgen_min"] = min(at[m, "jserve"] / at[m, "flashgen"] for m in models)
+    if DETAIL in models:
+        clients = matched_clients(curves)
+        vllm, ours = (_at(curves[DETAIL, a], clients) for a in ("vllm", "jserve"))
+        metrics["opt30b_p95_ttft_ratio"] = vllm["ttft_p95_s"] / ours["ttft_p95_s"]
+        metrics["opt30b_p95_ttft_clients"] = clients
+        vllm, ours = (curves[DETAIL, a][-1].numbers for a in ("vllm", "jserve"))
+        metrics["opt30b_kv_utilisation"] = ours["kv_utilisation_when_short"]
+        metrics["opt30b_batch_ratio"] = ours["mean_batch"] / vllm["mean_batch"]
+    return metrics
+
+
+def matched_clients(curves: Curves) -> int:
+    """The load of figure 11: where the vLLM arm's P95 TTFT is nearest to the published one's."""
+    wanted_s = published.TTFT_P95_S[DETAIL]["vllm"]
+    both = {p.run.clients for p in curves[DETAIL, "jserve"]}
+    shared = [p for p in curves[DETAIL, "vllm"] if p.run.clients in both]
+    return min(shared, key=lambda p: abs(p.numbers["ttft_p95_s"] - wanted_s)).run.clients
+
+
+def _at(curve: Sequence[Point], clients: int) -> Mapping[str, float]:
+    return next(point.numbers for point in curve if point.run.clients == clients)
+
+
+# --- what is shown
+
+
+def _print(console: Console, curves: Curves, points: Sequence[Point], metrics: Mapping[str, float], base: Run) -> None:
+    models = [m for m in MODELS if (m, "jserve") in curves]
+    arms = [a for a in (*ARMS, *ABLATIONS) if (models[0], a) in curves]
+    rows: list[list[object]] = []
+    for a in arms:
+        rates = [throughput_at(curves[m, a]) for m in models]
+        over = [rate / throughput_at(curves[m, "vllm"]) for m, rate in zip(models, rates, strict=True)]
+        rows.append([a, *(f"{rate:.0f} ({x:.2f}x)" for rate, x in zip(rates, over, strict=True))])
+    rows.append(["FlashGen, published", *(f"{published.THROUGHPUT_RATIO[m]:.2f}x" for m in models)])
+    title = f"output tokens/s at {1e3 * BOUND_S:.0f} ms a token (simulated), and over the vllm arm"
+    console.print(report.table(title, ["", *models], rows))
+    if DETAIL in models:
+        clients = matched_clients(curves)
+        rows = []
+        for a in arms:
+            curve = [p for p in curves[DETAIL, a] if p.run.clients == clients]
+            if curve:
+                n = curve[0].numbers
+                said = published.TTFT_P95_S[DETAIL].get(a)
+                shares = [n[f"{tier}_hit_share"] for tier in ("device", "host", "disk")]
+                rows.append(
+                    [
+                        a,
+                        n["output_tokens_per_s"],
+                        1e3 * n["normalised_latency_s"],
+                        n["ttft_p95_s"],
+                        "" if said is None else said,
+                        1e3 * n["tpot_p99_s"],
+                        " ".join(f"{share:.2f}" for share in shares),
+                        n["mean_batch"],
+                        n["kv_utilisation"],
+                    ]
+                )
+        title = (
+            f"{DETAIL}, {clients} clients (simulated): where the vllm arm's P95 TTFT is nearest to the published one"
+        )
+        columns = [
+            "",
+            "tok/s",
+            "ms/token",
+            "P95 TTFT s",
+            "published",
+            "P99 TPOT ms",
+            "hits gpu host ssd",
+            "batch",
+            "KV used",
+        ]
+        console.print(report.table(title, columns, rows))
+    console.print(report.table("metrics (simulated)", ["", ""], [[k, v] for k, v in metrics.items()]))
+
+
+def figures_document(points: Sequence[Point], base: Run) -> dict[str, Any]:
+    """All points as plain data, from which the figures are drawn."""
+    return {
+        "base": {"host_gb": base.host_gb, "model": DETAIL, "clients": DETAIL_CLIENTS},
+        "points": [
+            point.as_dict()
+            | {
+                "tpot_percentiles_s": [float(f"{t:.4g}") for t in point.tpot_s],
+                "utilisation": [[float(f"{x:.4g}") for x in row] for row in point.utilisation]
+                if point.run.model == DETAIL and point.run.clients == 100
+                else [],
+            }
+            for point in points
+        ],
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.flashgen", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    parser.add_argument("--short", action="store_true", help="the headline metrics alone, in under a minute")
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="M", help=f"of {', '.join(MODELS)}"
+    )
+    parser.add_argument("--calls", type=int, default=1000, metavar="N", help="measured requests of a point (1000)")
+    parser.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens in a block (64: quick)")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (one a core)"
+    )
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures there (needs matplotlib)")
+    parser.add_argument("--points", type=Path, metavar="FILE", help="write every point as JSON")
+    report.add_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""FlashGen's evaluation as simulations: its machine, models, client model and metrics (ASPLOS'25, section 5).
+
+Every point is one simulation, a pure function of its description, so that points run in processes of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+from bench.workloads import lengths
+from jserve.config import CacheConfig, SchedConfig
+from jserve.progress import Progress
+from jserve.simulation.arms import arm
+from jserve.simulation.playing import Span
+from jserve.simulation.profiles import hardware, model_shape
+from jserve.simulation.simulator import Simulated, System, simulate, system
+from jserve.simulation.summary import kv_utilisation, mean_batch, measured, percentile, summarise
+from jserve.simulation.workload import Workload, closed_loop
+
+GPU = "a100-80gb-pcie"
+"""Standard_NC48ads_A100_v4: two A100 80 GB PCIe, 440 GB of DRAM, two NVMe drives of 960 GB in RAID-0."""
+DRIVES = 2
+HOST_GB, DISK_GB = 224.0, 1920.0
+MAX_TOKENS = 16384
+MAX_RUNNING, TOKEN_BUDGET = 256, 2048
+BOUND_S = 0.1
+"""The latency for each output token at which throughputs are compared."""
+MODELS = {"opt-13b": 1, "opt-30b": 2, "llama-2-13b": 1, "llama-2-70b": 2}
+"""With the devices that each was served on."""
+SATURATED = 0.5
+"""With so many waiting in the mean, a stretch of time counts as one in which memory is short."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One simulation."""
+
+    model: str
+    arm: str
+    clients: int
+    calls: int
+    warm_up_turns: int
+    seed: int
+    block_tokens: int
+    work: str = "sharegpt"
+    host_gb: float = HOST_GB
+    max_tokens: int = MAX_TOKENS
+
+
+@dataclass(frozen=True)
+class Point:
+    """What came of it."""
+
+    run: Run
+    numbers: Mapping[str, float]
+    """`summary.Summary`, KV utilisation and batch."""
+    tpot_s: tuple[float, ...]
+    """Percentiles 0 to 100 of the calls."""
+    utilisation: tuple[tuple[float, float, float], ...]
+    """(time, share held, share cached) over the run."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self.run) | dict(self.numbers)
+
+
+def sizes(block_tokens: int, host_gb: float) -> CacheConfig:
+    """FlashGen's memory below the device."""
+    return CacheConfig(
+        block_size=block_tokens,
+        host_gib=host_gb * 1e9 / 2**30,
+        disk_dir="simulated",
+        disk_gib=DISK_GB * 1e9 / 2**30,
+    )
+
+
+def described(run: Run) -> System:
+    """The machine under the run's policies."""
+    limits = SchedConfig(max_running=MAX_RUNNING, token_budget=TOKEN_BUDGET, max_waiting=100_000)
+    caching, scheduling = arm(run.arm).policies(sizes(run.block_tokens, run.host_gb), limits)
+    return system(
+        hardware(GPU),
+        model_shape(run.model),
+        tp=MODELS[run.model],
+        drives=DRIVES,
+        max_model_len=run.max_tokens,
+        cache=caching,
+        sched=scheduling,
+    )
+
+
+@cache
+def work_of(name: str, max_tokens: int, seed: int) -> Workload:
+    """sharegpt, alpaca, humaneval, or long (single requests with prompts up to `max_tokens`)."""
+    match name:
+        case "sharegpt":
+            return lengths.sharegpt(max_tokens, seed)
+        case "alpaca":
+            return lengths.like(lengths.ALPACA, max_tokens, seed)
+        case "humaneval":
+            return lengths.like(lengths.HUMANEVAL, max_tokens, seed)
+    return lengths.long_context(max_tokens * 16 // 17, 20_000, seed)
+
+
+def simulated(run: Run) -> Point:
+    """One point."""
+    work = closed_loop(work_of(run.work, run.max_tokens, run.seed), run.clients)
+    done = simulate(described(run), work, span=Span(run.warm_up_turns, run.calls))
+    tpots = [call.tpot_s for call in measured(done.played) if not call.refused and call.output_tokens > 1]
+    numbers = summarise(done.played).as_dict() | {
+        "kv_utilisation": kv_utilisation(done),
+        "kv_utilisation_when_short": _utilisation_when_short(done),
+        "mean_batch": mean_batch(done),
+    }
+    warm = [sample for sample in done.gauges.samples if sample.time_s > done.played.warm_s]
+    thinned = warm[:: max(1, len(warm) // 300)]
+    return Point(
+        run,
+        numbers,
+        tuple(percentile(tpots, p) for p in range(101)),
+        tuple((s.time_s - done.played.warm_s, s.held, s.cached) for s in thinned),
+    )
+
+
+def _utilisation_when_short(done: Simulated) -> float:
+    """Share of the device's blocks that requests held while others waited (as figures 7 and 18)."""
+    short = [s for s in done.gauges.samples if s.time_s > done.played.warm_s and s.waiting >= SATURATED]
+    spans = sum(s.span_s for s in short)
+    return sum(s.held * s.span_s for s in short) / spans if spans else kv_utilisation(done)
+
+
+def run_all(runs: Iterable[Run], jobs: int, progress: Progress) -> dict[Run, Point]:
+    """Every point, each once. Whatever the number of processes, the same numbers."""
+    todo = list(dict.fromkeys(runs))
+    points: dict[Run, Point] = {}
+    with progress.track("simulations", len(todo)) as task:
+        if jobs == 1:
+            for run in todo:
+                points[run] = simulated(run)
+                task.advance()
+            return points
+        with ProcessPoolExecutor(jobs) as pool:
+            # The longest first: nobody waits for one that was started last.
+            tickets = {pool.submit(simulated, run): run for run in sorted(todo, key=lambda run: -run.clients)}
+            for ended in as_completed(tickets):
+                points[tickets[ended]] = ended.result()
+                task.advance()
+    return points
+
+
+def throughput_at(points: Sequence[Point], bound_s: float = BOUND_S) -> float:
+    """Output tokens/s at which the normalised latency reaches the bound, between the two points around it.
+
+    The points of one arm at growing numbers of clients. If none reaches the bound, the last one's throughput; if all
+    exceed it, the first one's, scaled down to the bound.
+    """
+    ordered = sorted(points, key=lambda point: point.run.clients)
+    before: Point | None = None
+    for point in ordered:
+        latency_s, rate = point.numbers["normalised_latency_s"], point.numbers["output_tokens_per_s"]
+        if latency_s > bound_s:
+            if before is None:
+                return rate * bound_s / latency_s
+            low_s, low = before.numbers["normalised_latency_s"], before.numbers["output_tokens_per_s"]
+            return low + (rate - low) * (bound_s - low_s) / (latency_s - low_s)
+        before = point
+    assert before is not None, "there are points"
+    return before.numbers["output_tokens_per_s"]
+
+
+def with_clients(run: Run, clients: Iterable[int]) -> list[Run]:
+    return [replace(run, clients=n) for n in clients]

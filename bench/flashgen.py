@@ -75,8 +75,8 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
     plan = _short_plan(base, args.models) if args.short else _plan(base, args.models)
     points = list(run_all(plan, args.jobs, RichProgress()).values())
     curves = _curves(points, base)
-    metrics = _metrics(curves, points, base)
-    _print(console, curves, points, metrics, base)
+    metrics = _metrics(curves)
+    _print(console, curves, metrics)
     config = {"simulated": True, "short": args.short, "calls": base.calls, "block_size": base.block_tokens}
     if args.figures is not None:
         from bench.flashgen_figures import draw_all
@@ -97,7 +97,9 @@ def _plan(base: Run, models: Sequence[str]) -> list[Run]:
     runs = [run for m in models for a in ARMS for run in with_clients(_of(base, m, a), CLIENTS[m])]
     runs += [run for m in models for a in ABLATIONS for run in with_clients(_of(base, m, a), CLIENTS[m][2:])]
     if DETAIL in models:
-        runs += [_of(base, DETAIL, a, host_gb=gb) for a in ("flashgen", "jserve") for gb in HOST_GB]
+        runs += [
+            _of(base, DETAIL, a, clients=DETAIL_CLIENTS, host_gb=gb) for a in ("flashgen", "jserve") for gb in HOST_GB
+        ]
         runs += [_long(base, a, longest) for a in ("vllm", "flashgen-sched", "jserve") for longest in LONG]
         runs += [
             run
@@ -136,7 +138,7 @@ def _curves(points: Sequence[Point], base: Run) -> dict[tuple[str, str], list[Po
     return curves
 
 
-def _metrics(curves: Curves, points: Sequence[Point], base: Run) -> dict[str, float]:
+def _metrics(curves: Curves) -> dict[str, float]:
     metrics: dict[str, float] = {}
     models = [m for m in MODELS if (m, "jserve") in curves]
     at = {key: throughput_at(curve) for key, curve in curves.items()}
@@ -174,7 +176,7 @@ def _at(curve: Sequence[Point], clients: int) -> Mapping[str, float]:
 # --- what is shown
 
 
-def _print(console: Console, curves: Curves, points: Sequence[Point], metrics: Mapping[str, float], base: Run) -> None:
+def _print(console: Console, curves: Curves, metrics: Mapping[str, float]) -> None:
     models = [m for m in MODELS if (m, "jserve") in curves]
     arms = [a for a in (*ARMS, *ABLATIONS) if (models[0], a) in curves]
     rows: list[list[object]] = []

@@ -7,9 +7,10 @@
 | `flashgen-sched` | prefix cache | - | - | greedy, with preemption of what has passed (FlashGen §4) |
 | `flashgen-cache` | prefix cache | inclusive, LRU | disk only if another request waits (FlashGen §3.3) | first come |
 | `flashgen` | prefix cache | as `flashgen-cache` | as `flashgen-cache` | as `flashgen-sched` |
-| `jserve` | prefix cache | the same | what a cost model says, up to a split point | FlashGen's, see below |
+| `jserve` | prefix cache | the same | what a cost model says, up to a split point | the same |
 
-`vllm`, `cachedattention` and `flashgen*` give blocks back by computing them again, or from the host where it has them.
+What is preempted is computed again, or read back as far as the host happens to have it; `jserve` may also copy out the
+rest, if that is quicker.
 CachedAttention keeps and evicts whole sessions; here it may keep their heads, which can only help it. `ablations` are
 the `jserve` arm with one of its own choices taken back to FlashGen's.
 """
@@ -64,7 +65,7 @@ def _flashgen(cache: CacheConfig, sched: SchedConfig) -> Policies:
 
 
 def _jserve(cache: CacheConfig, sched: SchedConfig) -> Policies:
-    return replace(cache, restore="cost"), replace(sched, order="flashgen")
+    return replace(cache, restore="cost"), replace(sched, order="flashgen", preempt="auto")
 
 
 ARMS = {
@@ -90,6 +91,11 @@ def _always(cache: CacheConfig, sched: SchedConfig) -> Policies:
     return replace(cache, restore="always"), sched
 
 
+def _recompute(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    cache, sched = _jserve(cache, sched)
+    return cache, replace(sched, preempt="recompute")
+
+
 def _without_reordering(cache: CacheConfig, sched: SchedConfig) -> Policies:
     cache, sched = _jserve(cache, sched)
     return cache, replace(sched, order="fcfs")
@@ -100,6 +106,7 @@ ABLATIONS = {
     for arm in (
         Arm("jserve, restore=flashgen", "the disk only if another request waits", True, _without_cost_model),
         Arm("jserve, restore=always", "whatever any tier has, never a split", True, _always),
+        Arm("jserve, preempt=recompute", "never copied out to be copied back", True, _recompute),
         Arm("jserve, order=fcfs", "nobody passes one that does not fit", True, _without_reordering),
     )
 }

@@ -544,6 +544,9 @@ class TieredCache(KVCache):
         if self.disk is not None:
             self.disk.writing.end()
 
+    def prefill_s(self, tokens: int) -> float | None:
+        return self.cost.prefill.seconds(tokens)
+
     def observe_prefill(self, new: int, cached: int, seconds: float) -> None:
         self.cost.prefill.observe(new, cached, seconds)
 

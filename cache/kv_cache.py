@@ -93,6 +93,10 @@ class KVCache:
         shared = sum(block is not None and refs(block) > theirs[block] for block in self._find(table, token_ids))
         return self.blocks_for(len(token_ids)) - shared + spare <= self.pool.num_free + freed
 
+    def num_found(self, table: BlockTable, token_ids: list[int]) -> int:
+        """Leading blocks whose KV is kept, wherever."""
+        return len(self._find(table, token_ids))
+
     def need(self, table: BlockTable, token_ids: list[int], watcher: Any = None) -> int:
         """Free blocks that `admit` would take: all but those that others hold now. Blocks that are kept, but that
         nobody holds, count as free, so they are needed too.
@@ -105,7 +109,7 @@ class KVCache:
         held = [block is not None and refs(block) > 0 for block in found]
         first = held.index(False) if False in held else len(held)
         self._unwatch(table)
-        if self._reuse and first < self._most_blocks(len(token_ids)):
+        if watcher is not None and self._reuse and first < self._most_blocks(len(token_ids)):
             table.watched = table.keys[first], watcher
             self.index.watch(*table.watched)
         return self.blocks_for(len(token_ids)) - sum(held)
@@ -231,6 +235,10 @@ class KVCache:
 
     def drain(self) -> None:
         """The engine is about to close: try once more what was put off because the disk had failed."""
+
+    def prefill_s(self, tokens: int) -> float | None:
+        """What computing a prompt is predicted to take, alone; None if that is not known."""
+        return None
 
     def observe_prefill(self, new: int, cached: int, seconds: float) -> None:
         """Computing `new` tokens after `cached` ones took this long, on an otherwise idle device."""

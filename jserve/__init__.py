@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jserve.llm import LLM
-    from jserve.request import SamplingParams
+    from jserve.request import SamplingParams, Terms
     from jserve.server.client import Client
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Client", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Client", "SamplingParams", "Terms", "__version__"]
 
-_HOMES = {"LLM": "jserve.llm", "SamplingParams": "jserve.request", "Client": "jserve.server.client"}
+_HOMES = {
+    "LLM": "jserve.llm",
+    "SamplingParams": "jserve.request",
+    "Terms": "jserve.request",
+    "Client": "jserve.server.client",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -361,7 +361,7 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
     group.add_argument(
         f"--{flag}",
         dest=setting.name,
-        type=_numbers if setting.many else setting.kind,
+        type=_many_of(setting.kind) if setting.many else setting.kind,
         choices=setting.choices,
         default=setting.default,
         metavar=None if setting.choices else _metavar(setting),
@@ -371,13 +371,17 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
 
 def _metavar(setting: Setting) -> str:
     if setting.many:
-        return "N,N,..."
+        return "N,N,..." if setting.kind is int else "NAME=X,..."
     unit = "SECONDS" if setting.name.endswith("_s") else None
     return unit or {int: "N", float: "X", Path: "DIRECTORY"}.get(setting.kind, setting.name.upper())
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+def _many_of(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    def values(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    values.__name__ = f"{kind.__name__},{kind.__name__},..."  # as argparse tells of a wrong one
+    return values
 
 
 if __name__ == "__main__":

@@ -5,16 +5,19 @@ This is the only module that reads the environment.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jserve.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Eviction = Literal["lru", "fifo", "lookahead"]
 Order = Literal["fcfs", "flashgen", "priority", "slo", "prefix"]
+Chunk = Literal["static", "adaptive"]
+Admission = Literal["queue", "predict"]
 Preempt = Literal["recompute", "swap", "auto"]
 Victim = Literal["youngest", "largest", "cheapest"]
 AttentionBackend = Literal["auto", "native", "xla", "pallas"]
@@ -108,6 +111,17 @@ class SchedConfig:
     None is 256 on CPU, else 2048."""
     max_waiting: int = 1024
     """Requests that may wait; one more is refused with RESOURCE_EXHAUSTED."""
+    max_waiting_tokens: int | None = None
+    """Tokens of the prompts that may wait; None is no bound but that on the requests."""
+    admission: Admission = "predict"
+    """Who is refused: queue (where the queue is full, or a tenant has its share of a crowded one), predict (also
+    whoever would not have its first token when it is due, by its SLO or deadline)."""
+    tenant_weights: tuple[str, ...] = ()
+    """Shares of competing tenants, as NAME=WEIGHT; whoever is not named has 1."""
+    slo_ttft_s: float = 2.0
+    """When a first token should come, where the request does not say: for order slo and adaptive chunks."""
+    slo_tpot_s: float = 0.2
+    """What each further token may take, where the request does not say."""
     order: Order = "flashgen"
     """Who starts first: fcfs (nobody passes one that does not fit), flashgen (in order of arrival too, but later ones
     that fit run until it does), priority, slo (least slack until the first token is due), prefix (most of the prompt
@@ -115,7 +129,9 @@ class SchedConfig:
     victim: Victim = "youngest"
     """Of those behind in that order, who gives blocks back first: youngest, largest, cheapest (least computed)."""
     preempt: Preempt = "recompute"
-    """How it comes back: recompute, swap (to the host and back; needs cache.host_gib), auto (what is quicker)."""
+    """How that one comes back: recompute, swap (to the host and back; needs cache.host_gib), auto (what is quicker)."""
+    chunk: Chunk = "static"
+    """How much of prompts a step takes: static (up to the token budget), adaptive (as the latency targets allow)."""
 
     @property
     def max_open(self) -> int:
@@ -131,6 +147,45 @@ class SchedConfig:
             f"use at least max_running ({self.max_running}): every running request decodes one token a step",
         )
         _check(self.max_waiting >= 1, "sched.max_waiting", self.max_waiting, "use at least 1")
+        _check(
+            self.max_waiting_tokens is None or self.max_waiting_tokens >= 1,
+            "sched.max_waiting_tokens",
+            self.max_waiting_tokens,
+            "use at least 1, or leave it out",
+        )
+        for name, values in (
+            ("order", get_args(Order)),
+            ("victim", get_args(Victim)),
+            ("preempt", get_args(Preempt)),
+            ("chunk", get_args(Chunk)),
+            ("admission", get_args(Admission)),
+        ):
+            chosen = getattr(self, name)
+            _check(chosen in values, f"sched.{name}", chosen, f"use one of {', '.join(values)}")
+        for name in ("slo_ttft_s", "slo_tpot_s"):
+            slo_s = getattr(self, name)
+            _check(0 < slo_s < math.inf, f"sched.{name}", slo_s, "use more than 0 seconds")
+        _check(
+            self.slo_tpot_s <= self.slo_ttft_s,
+            "sched.slo_tpot_s",
+            self.slo_tpot_s,
+            f"a first token takes a step too, and is due after slo_ttft_s = {self.slo_ttft_s}: lower it, or raise that",
+        )
+        self.weights()
+
+    def weights(self) -> dict[str, float]:
+        """Of the named tenants."""
+        weights: dict[str, float] = {}
+        for entry in self.tenant_weights:
+            name, equals, weight = entry.rpartition("=")
+            try:
+                number = float(weight)
+            except ValueError:
+                number = 0.0
+            ok = bool(equals) and 0 < number < math.inf and name not in weights
+            _check(ok, "sched.tenant_weights", entry, "use NAME=WEIGHT, each name once, with a weight above 0")
+            weights[name] = number
+        return weights
 
 
 @dataclass(frozen=True)
@@ -177,6 +232,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check(self.tp >= 1, "tp", self.tp, "use at least 1")
+        size, budget = self.cache.block_size, self.sched.token_budget
+        _check(
+            size is None or budget is None or budget >= size,
+            "sched.token_budget",
+            budget,
+            f"it is smaller than a block of {size} tokens: raise it, or lower cache.block_size",
+        )
         _check(
             self.max_model_len is None or self.max_model_len >= 2,
             "max_model_len",

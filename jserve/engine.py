@@ -8,7 +8,8 @@ that the device never waits for Python.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from jserve.cache.kv_cache import BlockTable, KVCache
 from jserve.config import EngineConfig
 from jserve.doors import Clock, EngineInfo, Executor, LaunchedStep, StepResult, SystemClock
 from jserve.errors import ConfigError, InvalidRequest, Overloaded
+from jserve.meter import Meter
 from jserve.request import MAX_STOP_IDS, EngineOutput, EngineRequest
+from jserve.sched.admission import Bounds, Load, refusal
 from jserve.sched.events import Event, EventKind
 from jserve.sched.plan import StepPlan
 from jserve.sched.scheduler import Scheduler
@@ -70,6 +73,11 @@ class Engine:
         clock: Clock | None = None,
         cache: KVCache | None = None,
     ) -> None:
+        if info.token_budget < info.block_size:
+            raise ConfigError(
+                f"sched.token_budget is {info.token_budget}: it is smaller than a block of {info.block_size} tokens: "
+                "raise it, or lower cache.block_size"
+            )
         self.config = config
         self.info = info
         self.executor = executor
@@ -82,7 +90,16 @@ class Engine:
             order=config.sched.order,
             victim=config.sched.victim,
             preempt=config.sched.preempt,
+            chunk=config.sched.chunk,
+            slo_ttft_s=config.sched.slo_ttft_s,
+            slo_tpot_s=config.sched.slo_tpot_s,
+            tenant_weights=config.sched.weights(),
         )
+        self._bounds = Bounds(config.sched.max_open, config.sched.max_waiting_tokens)
+        self._meter = Meter()
+        self._tenants: Counter[str] = Counter()
+        """Requests open, by tenant."""
+        self._ended_blocks = 0
         self._sequences: dict[str, Sequence] = {}
         self._roots: dict[str, bytes] = {}
         self._launched: tuple[StepPlan, LaunchedStep, float, float] | None = None
@@ -122,6 +139,7 @@ class Engine:
                 self.timelines.record([rejected], self.clock.now())
             raise
         self._sequences[request.request_id] = sequence
+        self._tenants[sequence.terms.tenant] += 1
         now_s = self.clock.now()
         self.cache.poll(now_s)  # it may have slept for long
         self.scheduler.add(sequence)
@@ -145,13 +163,10 @@ class Engine:
         if len(request.stop_token_ids) > MAX_STOP_IDS:
             raise InvalidRequest(f"{len(request.stop_token_ids)} token ids end the request: use at most {MAX_STOP_IDS}")
         request.sampling.check(self.info.vocab_size)
-        sched = self.config.sched
-        # Counted together, because a burst waits for a moment even where there is room to run.
-        if len(self._sequences) >= sched.max_open:
-            waiting = len(self._sequences) - sched.max_running
-            raise Overloaded(f"{waiting} requests are waiting, the most this server takes: retry later")
+        request.terms.check()
+        request.terms.check_deadline(request.deadline_s)
         room = limit - len(prompt)
-        return Sequence(
+        sequence = Sequence(
             request_id=request.request_id,
             tokens=list(prompt),
             sampling=request.sampling,
@@ -159,7 +174,41 @@ class Engine:
             table=BlockTable(self._root(request.cache_salt)),
             max_tokens_total=len(prompt) + min(request.sampling.max_tokens or room, room),
             num_prompt=len(prompt),
+            terms=request.terms,
+            arrival_s=self.clock.now(),
+            prefill_s=self._prefill_s(len(prompt)),
         )
+        self._check_load(sequence, request.deadline_s)
+        return sequence
+
+    def _prefill_s(self, tokens: int) -> float:
+        """By the cache's cost model, or else as quickly as prompts went lately."""
+        predicted = self.cache.prefill_s(tokens)
+        return tokens * self._meter.prefill_token_s if predicted is None else predicted
+
+    def _check_load(self, sequence: Sequence, deadline_s: float | None) -> None:
+        """Raise Overloaded if it would not be served, or not in time."""
+        tenant, limits = sequence.terms.tenant, (sequence.terms.slo_ttft_s, deadline_s)
+        limit_s = min((limit for limit in limits if limit is not None), default=None)
+        load = Load(
+            requests=len(self._sequences),
+            running=self.config.sched.max_running,
+            waiting_tokens=self.scheduler.waiting_tokens,
+            tokens=sequence.num_prompt,
+            tenant_requests=self._tenants[tenant],
+            share=self.scheduler.shares.share(tenant, self._tenants),
+            prefill_s=sequence.prefill_s,
+            freed_blocks_per_s=self._meter.freed_blocks_per_s,
+            limit_s=limit_s if self.config.sched.admission == "predict" else None,
+        )
+        if load.limit_s is None and refusal(load, self._bounds) is None:
+            return
+        queued_prefill_s, missing_blocks = self.scheduler.work_before(sequence)
+        load = replace(load, queued_prefill_s=queued_prefill_s, missing_blocks=missing_blocks)
+        if (refused := refusal(load, self._bounds)) is not None:
+            raise Overloaded(
+                refused.reason, retry_after_s=refused.retry_after_s, predicted_ttft_s=refused.predicted_ttft_s
+            )
 
     @property
     def max_total_tokens(self) -> int:
@@ -179,10 +228,18 @@ class Engine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return
+        self._leave(sequence)
         self.scheduler.abort(sequence)
         self._note_events(self.clock.now())
         self._aborts += 1
         self._aborted.append(_last_output(sequence, [], None))
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Its tenant has one less."""
+        tenant = sequence.terms.tenant
+        self._tenants[tenant] -= 1
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -240,6 +297,11 @@ class Engine:
             outputs = self._outputs(plan, result)
             self._note_events(start_s)
         end_s = self.clock.now()
+        ended_blocks = self.scheduler.stats.ended_blocks
+        prefill = len(plan.rows) > plan.num_decodes
+        freed_blocks, self._ended_blocks = ended_blocks - self._ended_blocks, ended_blocks
+        self._meter.step(launched_s, end_s, plan.num_tokens, prefill, freed_blocks, plan.steps)
+        self.scheduler.pace(end_s, self._meter.step_s)
         self.timelines.steps.append(
             StepRecord(
                 launched_s=launched_s,
@@ -273,6 +335,7 @@ class Engine:
                 logprobs = [entry]
             if sequence.phase is Phase.FINISHED:
                 del self._sequences[sequence.request_id]
+                self._leave(sequence)
                 self._finished += 1
                 outputs.append(_last_output(sequence, news.tokens, logprobs))
             else:

@@ -129,4 +129,11 @@ def stats_of(engine: Engine) -> dict[str, float]:
 
 def failure(request_id: str, error: JserveError) -> EngineOutput:
     """The last output of a request that cannot go on."""
-    return EngineOutput(request_id=request_id, finish_reason="error", error=str(error), error_kind=type(error).__name__)
+    details = {name: value for name, value in vars(error).items() if isinstance(value, int | float)}
+    return EngineOutput(
+        request_id=request_id,
+        finish_reason="error",
+        error=str(error),
+        error_kind=type(error).__name__,
+        error_details=details,
+    )

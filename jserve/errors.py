@@ -32,7 +32,16 @@ class Unsupported(JserveError):
 
 
 class Overloaded(JserveError):
-    """The queue is full; the same request may succeed later (gRPC RESOURCE_EXHAUSTED)."""
+    """The queue is full, or the request would not be served in time; it may succeed later (gRPC RESOURCE_EXHAUSTED)."""
+
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, predicted_ttft_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """When it is worth another try."""
+        self.predicted_ttft_s = predicted_ttft_s
+        """What the time to first token would have been."""
 
 
 class Unavailable(JserveError):

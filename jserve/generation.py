@@ -17,7 +17,7 @@ from jserve import errors
 from jserve.chat_template import Message
 from jserve.detokenizer import Detokenizer, StopStrings
 from jserve.errors import InvalidRequest, JserveError, Unavailable
-from jserve.request import EngineOutput, EngineRequest, SamplingParams
+from jserve.request import EngineOutput, EngineRequest, SamplingParams, Terms
 from jserve.result import Chunk, Usage
 from jserve.tokenizer import Tokenizer
 
@@ -76,8 +76,12 @@ class Intake:
                 )
         return token_ids
 
-    def check(self, sampling: SamplingParams, cache_salt: str) -> None:
+    def check(self, sampling: SamplingParams, cache_salt: str, terms: Terms | None = None) -> None:
         sampling.check(self._vocab_size)
+        if terms is not None:
+            terms.check()
+            if not _is_unicode(terms.tenant):
+                raise InvalidRequest(f"tenant is {terms.tenant!r}: use text")
         if sampling.n > self.max_open:
             raise InvalidRequest(
                 f"n is {sampling.n}, and {self.max_open} continuations are taken at once: lower it, "
@@ -96,14 +100,19 @@ class Intake:
         sampling: SamplingParams,
         cache_salt: str = "",
         request_id: str | None = None,
+        terms: Terms | None = None,
+        deadline_s: float | None = None,
     ) -> Generation:
         """Checked, and not yet started. Whether the prompt fits is for the engine, which knows its limits.
 
-        `request_id`: what the caller calls it, for `explain`; drawn if None.
+        `request_id`: what the caller calls it, for `explain`; drawn if None. `deadline_s`: time until it is given up.
         """
-        self.check(sampling, cache_salt)
+        terms = terms or Terms()
+        self.check(sampling, cache_salt, terms)
+        terms.check_deadline(deadline_s)
         name = new_request_id() if request_id is None else _checked_id(request_id)
-        return Generation(port, deliver, self.tokenizer, prompt, sampling, cache_salt, name)
+        requests = _engine_requests(name, prompt, sampling, cache_salt, self.tokenizer.eos_token_ids, terms, deadline_s)
+        return Generation(port, deliver, self.tokenizer, name, sampling, requests)
 
     def _check_chars(self, chars: int) -> None:
         if chars > self._max_chars:
@@ -125,17 +134,15 @@ class Generation:
         port: EnginePort,
         deliver: Deliver,
         tokenizer: Tokenizer,
-        prompt: list[int],
-        sampling: SamplingParams,
-        cache_salt: str,
         request_id: str,
+        sampling: SamplingParams,
+        requests: Sequence[EngineRequest],
     ) -> None:
         self.request_id = request_id
         self._port = port
         self._deliver = deliver
-        self._prompt_tokens = len(prompt)
+        self._prompt_tokens = len(requests[0].token_ids)
         self._cached_tokens = 0
-        requests = _engine_requests(request_id, prompt, sampling, cache_salt, tokenizer.eos_token_ids)
         self._continuations = {
             request.request_id: _Continuation(index, request, sampling, tokenizer)
             for index, request in enumerate(requests)
@@ -251,7 +258,13 @@ def _checked_id(request_id: str) -> str:
 
 
 def _engine_requests(
-    name: str, prompt: list[int], sampling: SamplingParams, cache_salt: str, eos_token_ids: Sequence[int]
+    name: str,
+    prompt: list[int],
+    sampling: SamplingParams,
+    cache_salt: str,
+    eos_token_ids: Sequence[int],
+    terms: Terms,
+    deadline_s: float | None,
 ) -> list[EngineRequest]:
     """One for each continuation: the same prompt, a seed of its own, and if there are several a number in its name."""
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
@@ -263,6 +276,8 @@ def _engine_requests(
             sampling=msgspec.structs.replace(sampling, n=1, seed=_wrap_int64(seed + index), stop=()),
             stop_token_ids=ends,
             cache_salt=cache_salt,
+            terms=terms,
+            deadline_s=deadline_s,
         )
         for index in range(sampling.n)
     ]
@@ -282,4 +297,4 @@ def _raise_if_failed(output: EngineOutput) -> None:
         raise Unavailable("the engine ended the request: the server is shutting down")
     if output.finish_reason == "error":
         kind = getattr(errors, output.error_kind or "", JserveError)
-        raise kind(output.error or "the engine gave no reason")
+        raise kind(output.error or "the engine gave no reason", **output.error_details)

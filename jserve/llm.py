@@ -41,7 +41,7 @@ from jserve.explain import explained, save_trace
 from jserve.generation import Deliver, Generation, Intake
 from jserve.progress import Progress
 from jserve.pull import resolve_model
-from jserve.request import EngineOutput, EngineRequest, SamplingParams
+from jserve.request import EngineOutput, EngineRequest, SamplingParams, Terms
 from jserve.result import Chunk, Result, ResultStream, Usage
 from jserve.settings import engine_config
 from jserve.timeline import History
@@ -104,6 +104,7 @@ class LLM:
         stream: Literal[True],
         cache_salt: str = "",
         request_id: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> ResultStream: ...
 
@@ -115,6 +116,7 @@ class LLM:
         stream: Literal[False] = False,
         cache_salt: str = "",
         request_id: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> Result: ...
 
@@ -125,10 +127,11 @@ class LLM:
         stream: bool = False,
         cache_salt: str = "",
         request_id: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> Result | ResultStream:
         """The assistant's next message. `request_id`: what `explain` shall know it by."""
-        return self._run(self._intake.of_messages(messages), stream, cache_salt, request_id, sampling)
+        return self._run(self._intake.of_messages(messages), stream, cache_salt, request_id, terms, sampling)
 
     @overload
     def generate(
@@ -138,6 +141,7 @@ class LLM:
         stream: Literal[True],
         cache_salt: str = "",
         request_id: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> ResultStream: ...
 
@@ -149,6 +153,7 @@ class LLM:
         stream: Literal[False] = False,
         cache_salt: str = "",
         request_id: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> Result: ...
 
@@ -159,11 +164,12 @@ class LLM:
         stream: bool = False,
         cache_salt: str = "",
         request_id: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> Result | ResultStream:
         """What follows a text, or token ids. `request_id`: what `explain` shall know it by."""
         token_ids = self._intake.of_text(prompt) if isinstance(prompt, str) else self._intake.of_token_ids(prompt)
-        return self._run(token_ids, stream, cache_salt, request_id, sampling)
+        return self._run(token_ids, stream, cache_salt, request_id, terms, sampling)
 
     def stats(self) -> dict[str, float]:
         """The engine's counters, by the names of EngineStats."""
@@ -208,11 +214,17 @@ class LLM:
         self.close()
 
     def _run(
-        self, prompt: list[int], stream: bool, cache_salt: str, request_id: str | None, sampling: dict[str, Any]
+        self,
+        prompt: list[int],
+        stream: bool,
+        cache_salt: str,
+        request_id: str | None,
+        terms: Terms | None,
+        sampling: dict[str, Any],
     ) -> Result | ResultStream:
         outputs: queue.SimpleQueue[EngineOutput] = queue.SimpleQueue()
         params = SamplingParams.of(sampling)
-        generation = self._intake.generation(self._thread, outputs.put, prompt, params, cache_salt, request_id)
+        generation = self._intake.generation(self._thread, outputs.put, prompt, params, cache_salt, request_id, terms)
         generation.start()
         answer = ResultStream(self._events(generation, outputs), generation.close, generation.request_id)
         if stream:

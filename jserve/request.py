@@ -25,6 +25,9 @@ MAX_STOP_IDS = 32
 """Token ids that end one request: the model's own and the request's."""
 MAX_STOP_CHARS = 1024
 MAX_N = 64
+MAX_PRIORITY = 100
+MAX_SLO_S = 86400.0
+MAX_TENANT_CHARS = 256
 MIN_TEMPERATURE = 1e-3
 """What is divided by less leaves the range of float32."""
 
@@ -110,6 +113,41 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             _integer("stop_token_ids", token, 0, vocab_size - 1)
 
 
+class Terms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a request is served among others. `check()` tells what is wrong with it."""
+
+    priority: int = 0
+    """Higher is sooner, where the server orders by priority: -100 to 100."""
+    slo_ttft_s: float | None = None
+    """When the first token is due. A request that will not have it in time is refused at once."""
+    slo_tpot_s: float | None = None
+    """What each further token may take."""
+    tenant: str = ""
+    """Tenants that compete share the server by their weights."""
+
+    def check(self) -> None:
+        """Raise InvalidRequest naming the first field that cannot be served."""
+        try:
+            msgspec.convert(msgspec.structs.asdict(self), Terms)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(f"the terms of the request cannot be read: {error}") from None
+        _integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        for name in ("slo_ttft_s", "slo_tpot_s"):
+            value = getattr(self, name)
+            if value is not None:
+                _number(name, value, 0.0, MAX_SLO_S, low_open=True)
+        if len(self.tenant) > MAX_TENANT_CHARS:
+            raise InvalidRequest(f"tenant has {len(self.tenant)} characters: use at most {MAX_TENANT_CHARS}")
+
+    def check_deadline(self, deadline_s: float | None) -> None:
+        """Raise InvalidRequest if the first token may come after the end."""
+        if self.slo_ttft_s is not None and deadline_s is not None and self.slo_ttft_s > deadline_s:
+            raise InvalidRequest(
+                f"slo_ttft_s is {self.slo_ttft_s:g}, and the call's deadline is in {deadline_s:.3g} s: "
+                "lower the first, or allow more time"
+            )
+
+
 class EngineRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One continuation to compute. `sampling` is checked, its `n` is 1 and its `seed` drawn by the front-end."""
 
@@ -120,6 +158,9 @@ class EngineRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Every token id that ends this request: the model's own unless ignore_eos, and the request's."""
     cache_salt: str = ""
     """Requests share prefix blocks only with requests of the same salt (tenant)."""
+    terms: Terms = Terms()
+    deadline_s: float | None = None
+    """Time until the request is given up, from its arrival."""
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -143,6 +184,8 @@ class EngineOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """With finish_reason "error": what happened, for the user."""
     error_kind: str | None = None
     """With finish_reason "error": the class name of the JserveError to raise."""
+    error_details: dict[str, float] = {}
+    """With finish_reason "error": the keywords of that class."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens whose KV was found, when the request was first admitted."""

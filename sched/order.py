@@ -41,6 +41,8 @@ class Order:
     rank: Callable[[Arrival], float]
     passes: bool
     """Whether one that does not fit is passed by later ones that do, until it fits into what they hold (FlashGen)."""
+    by_prefix: bool = False
+    """Whether it has to know how much of a prompt is kept."""
 
 
 def by_arrival(request: Arrival) -> float:
@@ -68,7 +70,7 @@ ORDERS = {
     "flashgen": Order(by_arrival, passes=True),
     "priority": Order(by_priority, passes=True),
     "slo": Order(by_slack, passes=True),
-    "prefix": Order(by_prefix, passes=True),
+    "prefix": Order(by_prefix, passes=True, by_prefix=True),
 }
 
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -35,6 +36,8 @@ import msgspec
 
 from jserve.cache.kv_cache import KVCache
 from jserve.request import FinishReason
+from jserve.sched.admission import FairShares
+from jserve.sched.chunk import EVERY_STEPS, STEP_TOKENS, Chunk, Pace, next_chunk
 from jserve.sched.events import Event, EventKind
 from jserve.sched.order import Arrival, Rank, order_named
 from jserve.sched.plan import Row, StepPlan
@@ -74,6 +77,8 @@ class SchedStats:
     """Those of them that were swapped out to the host."""
     promotions: int = 0
     """Times that a request started while another one waited before it."""
+    ended_blocks: int = 0
+    """Blocks that requests held when they ended."""
     overrun_tokens: int = 0
     """Tokens computed past the end of a request, because its end was not known yet."""
 
@@ -105,12 +110,21 @@ class Scheduler:
         order: str = "flashgen",
         victim: str = "youngest",
         preempt: str = "recompute",
+        chunk: Chunk = "static",
+        slo_ttft_s: float = 2.0,
+        slo_tpot_s: float = 0.2,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         if token_budget < max_running:
             raise ValueError(f"token_budget is {token_budget}: each of {max_running} running sequences needs one")
         self.cache = cache
         self.token_budget = token_budget
         self.order, self._victim, self._swaps = order_named(order), victim_named(victim), preemption_named(preempt)
+        self._adaptive = chunk == "adaptive"
+        self._chunk_tokens = min(STEP_TOKENS, token_budget) if self._adaptive else token_budget
+        self._paced_steps = 0
+        self._slo_ttft_s, self._slo_tpot_s = slo_ttft_s, slo_tpot_s
+        self.shares = FairShares(tenant_weights)
         self.stats = SchedStats()
         self.events: list[Event] = []
         """What has happened since somebody last took these out; without a reader the oldest are dropped."""
@@ -125,6 +139,8 @@ class Scheduler:
         self._decodes: list[Sequence] = []
         """Those with another token to compute: the last one may still be in flight when none is left."""
         self._num_loading = self.num_running = 0
+        self.waiting_tokens = 0
+        """Of the prompts that have not started yet."""
         self._free_slots = list(range(max_running - 1, -1, -1))
         self._arrivals = 0
 
@@ -152,11 +168,12 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence in its place in the queue."""
         self._arrivals += 1
-        arrival = Arrival(place=self._arrivals)
-        sequence.rank = self.order.rank(arrival), self._arrivals
+        sequence.rank = self._rank_of(sequence), self._arrivals
+        sequence.place = self.shares.take_place(sequence.terms.tenant, sequence.num_prompt)
         waiting, running = self.num_waiting, len(self._holders)
         staging = self.cache.arrive(sequence.table, sequence.tokens, waiting=waiting, running=running)
         self._wait(sequence)
+        self.waiting_tokens += sequence.num_prompt
         self._tell(EventKind.ARRIVED, sequence, detail=f"{len(sequence.tokens)} tokens")
         if staging is not None and staging.blocks:
             self._tell(EventKind.STAGING, sequence, detail=f"{staging.blocks} blocks from disk")
@@ -164,6 +181,57 @@ class Scheduler:
             self._tell(
                 EventKind.DEFERRED, sequence, detail=f"{staging.deferred_blocks} blocks of disk have no room yet"
             )
+
+    def _rank_of(self, sequence: Sequence) -> float:
+        """What the order says of a sequence that arrives now."""
+        terms = sequence.terms
+        return self.order.rank(
+            Arrival(
+                place=self.shares.place(terms.tenant),
+                arrival_s=sequence.arrival_s,
+                priority=terms.priority,
+                slo_ttft_s=self._slo_ttft_s if terms.slo_ttft_s is None else terms.slo_ttft_s,
+                prefill_s=sequence.prefill_s,
+                cached_blocks=self.cache.num_found(sequence.table, sequence.tokens) if self.order.by_prefix else 0,
+            )
+        )
+
+    def work_before(self, sequence: Sequence) -> tuple[float, int]:
+        """What a sequence that arrives now would wait for: the predicted time of the prompts before it, in seconds,
+        and the blocks that it and they lack.
+        """
+        rank = self._rank_of(sequence), self._arrivals + 1
+        before = [s for s in (*self._queue, *self._passed) if s.rank < rank]
+        prefill_s = sum(s.prefill_s for s in before)
+        for running in self._prefills:
+            if running.rank < rank:
+                prefill_s += running.prefill_s * (1 - running.num_computed / len(running.tokens))
+        needed = sum(self._queue.need(s) for s in before if s in self._queue)
+        needed += self.cache.need(sequence.table, sequence.tokens)
+        behind = sum(len(s.table.blocks) for s in self._holders if s.rank > rank)
+        return prefill_s, max(0, needed - self.cache.pool.num_free - behind)
+
+    def pace(self, now_s: float, tpot_s: float) -> None:
+        """Once a step: the engine's time, and what a token takes now. Adaptive chunks follow it (`chunk`)."""
+        self._paced_steps += 1
+        if not self._adaptive or self._paced_steps % EVERY_STEPS:
+            return
+        first = [s for s in (*self._prefills[:1], self._queue.first()) if s is not None and not s.num_output]
+        tpot_slos = [s.terms.slo_tpot_s for s in self._decodes if s.terms.slo_tpot_s is not None]
+        slo_tpot_s = min(tpot_slos, default=self._slo_tpot_s)
+        pace = Pace(
+            running=self.num_running,
+            free_share=self.cache.pool.num_free / self.cache.num_blocks,
+            ttft_slack_s=min((self._due_s(s) - now_s for s in first), default=self._slo_ttft_s),
+            tpot_slack_s=slo_tpot_s - tpot_s,
+            slo_ttft_s=self._slo_ttft_s,
+            slo_tpot_s=slo_tpot_s,
+        )
+        self._chunk_tokens = next_chunk(self._chunk_tokens, pace, self.token_budget)
+
+    def _due_s(self, sequence: Sequence) -> float:
+        slo_s = sequence.terms.slo_ttft_s
+        return sequence.arrival_s + (self._slo_ttft_s if slo_s is None else slo_s)
 
     def _wait(self, sequence: Sequence) -> None:
         if self.cache.is_ready(sequence.table):
@@ -189,7 +257,9 @@ class Scheduler:
         plan = StepPlan()
         self._extend_decodes()
         self._start_loaded(plan)
-        chunks = _Chunks(self.token_budget - len(self._decodes), deque(self._prefills))
+        decodes = len(self._decodes)
+        most = max(self._chunk_tokens, min(decodes + 1, self.token_budget))
+        chunks = _Chunks(most - decodes, deque(self._prefills))
         self._look_again()
         if self._look:
             self._admit(plan, chunks)
@@ -461,6 +531,8 @@ class Scheduler:
         self.num_running += 1
         sequence.num_computed = cached
         if sequence.num_cached < 0:
+            self.shares.serve(sequence.place)
+            self.waiting_tokens -= sequence.num_prompt
             sequence.num_cached = cached
             self.stats.prompt_tokens += sequence.num_prompt
             self.stats.cached_tokens += cached
@@ -582,8 +654,11 @@ class Scheduler:
             # The KV of the newest token was never computed, or is past the end.
             known = min(sequence.num_computed, len(sequence.tokens))
             self.cache.publish(sequence.table, sequence.tokens, known)
+            self.stats.ended_blocks += len(sequence.table.blocks)
             self.cache.release(sequence.table)
             self._leave_batch(sequence)
+        if sequence.num_cached < 0:
+            self.waiting_tokens -= sequence.num_prompt
         sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason
         self._tell(EventKind.FINISHED, sequence, detail=reason)

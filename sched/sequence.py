@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from jserve.cache.kv_cache import BlockTable
-from jserve.request import FinishReason, SamplingParams
+from jserve.request import FinishReason, SamplingParams, Terms
 from jserve.sched.order import Rank
+
+NO_TERMS = Terms()
 
 
 class Phase(Enum):
@@ -30,6 +32,13 @@ class Sequence:
     max_tokens_total: int
     """Prompt and output together end here."""
     num_prompt: int = 0
+    terms: Terms = NO_TERMS
+    arrival_s: float = 0.0
+    """On the engine's clock."""
+    prefill_s: float = 0.0
+    """What its prompt was predicted to take."""
+    place: float = 0.0
+    """Its place among all tenants' requests (`admission.FairShares`)."""
     rank: Rank = (0.0, 0)
     """Its place in the order of the queue: the least is first (`order`)."""
     num_computed: int = 0

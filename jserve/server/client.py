@@ -12,7 +12,7 @@ import grpc
 from jserve.chat_template import Message, check_messages
 from jserve.errors import InvalidRequest
 from jserve.generation import new_request_id
-from jserve.request import SamplingParams
+from jserve.request import SamplingParams, Terms
 from jserve.result import Chunk, Result, ResultStream, Usage
 from jserve.server import convert
 from jserve.server.proto.jserve.v1 import jserve_pb2 as pb
@@ -49,6 +49,7 @@ class Client:
 
     `timeout_s` is the request's deadline. Sampling parameters are the fields of `SamplingParams`, by name. `session_id`
     is a hint that goes to the server, which does not use it yet. `request_id` is what `history` shall know it by.
+    `terms` say how it is served among others: its priority, when its tokens are due, its tenant.
     """
 
     def __init__(self, target: str) -> None:
@@ -66,6 +67,7 @@ class Client:
         cache_salt: str | None = None,
         request_id: str | None = None,
         model: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> ResultStream: ...
 
@@ -80,6 +82,7 @@ class Client:
         cache_salt: str | None = None,
         request_id: str | None = None,
         model: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> Result: ...
 
@@ -93,6 +96,7 @@ class Client:
         cache_salt: str | None = None,
         request_id: str | None = None,
         model: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> Result | ResultStream:
         """The assistant's next message."""
@@ -105,6 +109,7 @@ class Client:
             cache_salt=cache_salt,
             request_id=(name := new_request_id() if request_id is None else request_id),
             model=model,
+            terms=convert.terms_to_pb(terms),
         )
         return self._run(self._stub.Chat(request, timeout=timeout_s), stream, name)
 
@@ -119,6 +124,7 @@ class Client:
         cache_salt: str | None = None,
         request_id: str | None = None,
         model: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> ResultStream: ...
 
@@ -133,6 +139,7 @@ class Client:
         cache_salt: str | None = None,
         request_id: str | None = None,
         model: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> Result: ...
 
@@ -146,6 +153,7 @@ class Client:
         cache_salt: str | None = None,
         request_id: str | None = None,
         model: str | None = None,
+        terms: Terms | None = None,
         **sampling: Any,
     ) -> Result | ResultStream:
         """What follows a text, or token ids."""
@@ -157,6 +165,7 @@ class Client:
             cache_salt=cache_salt,
             request_id=(name := new_request_id() if request_id is None else request_id),
             model=model,
+            terms=convert.terms_to_pb(terms),
         )
         return self._run(self._stub.Generate(request, timeout=timeout_s), stream, name)
 

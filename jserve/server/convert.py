@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from jserve.errors import InvalidRequest
-from jserve.request import FinishReason, SamplingParams, TokenLogprobs
+from jserve.request import FinishReason, SamplingParams, Terms, TokenLogprobs
 from jserve.result import Chunk, Usage
 from jserve.server.proto.jserve.v1 import jserve_pb2 as pb
 from jserve.timeline import History, Moment, StepRecord, Timeline
@@ -41,6 +41,20 @@ def sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
         )
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the sampling parameters cannot be sent: {error}") from None
+
+
+_TERMS = tuple(field.name for field in pb.Terms.DESCRIPTOR.fields)
+
+
+def terms_from_pb(message: pb.Terms) -> Terms:
+    return Terms(**{name: getattr(message, name) for name in _TERMS if message.HasField(name)})
+
+
+def terms_to_pb(terms: Terms | None) -> pb.Terms | None:
+    if terms is None:
+        return None
+    terms.check()
+    return pb.Terms(**{name: value for name in _TERMS if (value := getattr(terms, name)) is not None})
 
 
 def messages_from_pb(messages: Iterable[pb.ChatMessage]) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ from jserve.server import convert
 from jserve.server.engine_client import EngineClient
 from jserve.server.proto.jserve.v1 import jserve_pb2 as pb
 from jserve.server.proto.jserve.v1 import jserve_pb2_grpc as pb_grpc
-from jserve.server.status import code_of
+from jserve.server.status import code_of, trailers_of
 from jserve.tokenizer import LONG_TEXT_CHARS
 
 T = TypeVar("T")
@@ -128,7 +128,10 @@ class JserveServicer(pb_grpc.JserveServicer):
     def _places(self, count: int, limit: int) -> Iterator[None]:
         """Room for the continuations of one call, from before its prompt is tokenized until its last word is out."""
         if self.under_way + count > limit:
-            raise Overloaded(f"{self.under_way} requests are under way of {limit} that this server takes: retry later")
+            raise Overloaded(
+                f"{self.under_way} requests are under way of {limit} that this server takes: retry later",
+                retry_after_s=1.0,
+            )
         self.under_way += count
         try:
             yield
@@ -146,7 +149,9 @@ class JserveServicer(pb_grpc.JserveServicer):
         sampling = convert.sampling_from_pb(request.sampling)
         serving = self._admit(request.model)
         intake = serving.intake
-        intake.check(sampling, request.cache_salt)
+        terms = convert.terms_from_pb(request.terms)
+        intake.check(sampling, request.cache_salt, terms)
+        terms.check_deadline(context.time_remaining())
         with self._places(sampling.n, intake.max_open):
             token_ids = await prompt(intake)
             outputs: asyncio.Queue[EngineOutput] = asyncio.Queue()
@@ -157,6 +162,8 @@ class JserveServicer(pb_grpc.JserveServicer):
                 sampling,
                 request.cache_salt,
                 request.request_id if request.HasField("request_id") else None,
+                terms,
+                context.time_remaining(),
             )
             try:
                 async with asyncio.timeout(context.time_remaining()):
@@ -169,7 +176,7 @@ class JserveServicer(pb_grpc.JserveServicer):
         try:
             return await work
         except JserveError as error:
-            await context.abort(code_of(error), str(error))
+            await context.abort(code_of(error), str(error), trailers_of(error))
             raise AssertionError("abort raises") from error
 
 

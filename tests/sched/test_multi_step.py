@@ -36,7 +36,7 @@ WORLDS = st.fixed_dictionaries(
         "blocks": st.integers(10, 40),
         "block_size": st.sampled_from([1, 2, 4, 7]),
         "max_running": st.integers(1, 6),
-        "budget": st.integers(6, 40),
+        "budget": st.integers(7, 40),
         "reuse": st.booleans(),
     }
 )

@@ -11,6 +11,7 @@ from simulation import VOCAB, events_of, make_engine, make_tiered_engine, reques
 
 from jserve.engine import Engine
 from jserve.errors import ConfigError
+from jserve.request import Terms
 from jserve.sched.preemption import preemption_named
 from jserve.sched.scheduler import Scheduler
 from jserve.simulated import expected_tokens
@@ -46,6 +47,17 @@ def test_only_the_tail_that_is_needed_goes_and_only_it_is_computed_again() -> No
     assert preempted.detail.startswith("recompute, 0 of 9 blocks given back")
     (resumed,) = [e for e in events_of(engine) if e.kind == "resumed"]
     assert resumed.detail == "24 of 37 tokens are cached", "the old one has taken two more of its nine"
+
+
+def test_who_yields_a_slot_alone_keeps_its_blocks() -> None:
+    engine = make_engine(blocks=64, block_size=4, max_running=1, budget=64, reuse=True, order="priority")
+    engine.add(request("low", list(range(21)), 30))
+    run(engine, until=3)
+    engine.add(request("high", list(range(30, 40)), 3, terms=Terms(priority=1)))
+    run(engine)
+    (preempted,) = [e for e in events_of(engine) if e.kind == "preempted"]
+    assert preempted.detail == "recompute, 1 of 6 blocks given back", "the last one is not full"
+    assert [e.request_id for e in events_of(engine) if e.kind == "finished"] == ["high", "low"]
 
 
 def test_what_was_swapped_out_is_loaded_and_not_computed() -> None:

@@ -26,7 +26,7 @@ class Aborted(Exception):
 class Call:
     """A ServicerContext that nobody listens to."""
 
-    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: object = ()) -> None:
         raise Aborted(f"{code.name}: {details}")
 
     def time_remaining(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from jserve.cache.host_tier import HostTier
 from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
 from jserve.doors import EngineInfo
 from jserve.engine import Engine
-from jserve.request import EngineOutput, EngineRequest, SamplingParams
+from jserve.request import EngineOutput, EngineRequest, SamplingParams, Terms
 from jserve.sched.events import Event
 from jserve.sched.plan import StepPlan
 from jserve.simulated import SimulatedClock, SimulatedExecutor, SimulatedTransfer, expected_tokens
@@ -51,23 +51,27 @@ def make_tiered_engine(
     budget: int = 16,
     overlap: bool = False,
     host: int = 100,
-    copy_s: float = 0.0,
+    copy_s: float | Callable[[str, int], float] = 0.0,
     block_copy_s: float = 1e-6,
+    fails: Callable[[str], bool] = lambda kind: False,
+    wait_limit_s: float = 1.0,
     **sched: Any,
 ) -> Engine:
     """With a host tier, whose copies take `copy_s` a block, and are believed to take `block_copy_s`."""
+    copies_s = copy_s if callable(copy_s) else lambda kind, count: copy_s * count
     clock = SimulatedClock()
     executor = SimulatedExecutor(clock, blocks, block_size, VOCAB)
     link = LinkCost(bytes_per_s=1 / block_copy_s)
     cache = TieredCache(
         blocks,
         block_size,
-        SimulatedTransfer(clock, executor, host, lambda kind, count: copy_s * count),
+        SimulatedTransfer(clock, executor, host, copies_s, fails=fails),
         HostTier(host),
         None,
         cost=CostModel(PrefillCost(0.0, 1e-3, 0.0), DecodeCost(0.01), link, link, link, link, block_size, 1),
         strategy=restore_strategy("always"),
         staging_blocks=host,
+        wait_limit_s=wait_limit_s,
     )
     config = EngineConfig(
         cache=CacheConfig(block_size=block_size, device_blocks=blocks),
@@ -114,15 +118,17 @@ class Arrival:
         return expected_tokens(self.request.token_ids, self.request.sampling.max_tokens or 0, VOCAB)
 
 
-def workload(seed: int, requests: int, most_tokens: int, gap: int = 4) -> list[Arrival]:
-    """Prompts and answers of any length that fits into `most_tokens`, up to `gap` steps apart."""
+def workload(seed: int, requests: int, most_tokens: int, gap: int = 4, terms_too: bool = False) -> list[Arrival]:
+    """Prompts and answers of any length that fits into `most_tokens`, up to `gap` steps apart, on any terms."""
     rng = random.Random(seed)
     arrivals, step = [], 0
     for i in range(requests):
         step += rng.randrange(gap + 1)
         length = rng.randrange(1, most_tokens)
         prompt = [rng.randrange(VOCAB) for _ in range(length)]
-        arrivals.append(Arrival(step, request(f"r{i}", prompt, rng.randrange(1, most_tokens - length + 1))))
+        terms = Terms(priority=rng.randrange(3), tenant=rng.choice("ab")) if terms_too else Terms()
+        answer = rng.randrange(1, most_tokens - length + 1)
+        arrivals.append(Arrival(step, request(f"r{i}", prompt, answer, terms=terms)))
     return arrivals
 
 

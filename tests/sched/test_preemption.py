@@ -93,7 +93,9 @@ WORLDS = st.fixed_dictionaries(
         "budget": st.integers(8, 40),
         "overlap": st.booleans(),
         "preempt": st.sampled_from(["recompute", "swap", "auto"]),
-        "order": st.sampled_from(["flashgen", "fcfs", "prefix"]),
+        "order": st.sampled_from(["flashgen", "fcfs", "prefix", "priority", "slo"]),
+        "victim": st.sampled_from(["youngest", "largest", "cheapest"]),
+        "chunk": st.sampled_from(["static", "adaptive"]),
     }
 )
 
@@ -106,7 +108,7 @@ def test_preempted_anywhere_a_request_says_the_same(world: dict, tiered: bool, s
         engine = make_tiered_engine(**world, copy_s=rng.choice([0.0, 0.02]), host=rng.choice([4, 40]))
     else:
         engine = make_engine(**world, reuse=rng.random() < 0.7)
-    arrivals = workload(seed, requests, engine.max_total_tokens)
+    arrivals = workload(seed, requests, engine.max_total_tokens, terms_too=True)
     said: dict[str, list[int]] = {}
     todo, forced = list(arrivals), 0
     for _ in range(50_000):

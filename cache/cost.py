@@ -274,12 +274,13 @@ class _Outlook:
         return self.model.prefill.seconds(max(1, self.reach.prompt_tokens - cached), cached)
 
     def ttft_s(self, split: int) -> float:
-        load_s, compute_s = self.load_s(split), self.compute_s(split)
-        return self.reach.hidden_s + (max(load_s, compute_s) if self.layerwise else load_s + compute_s)
+        return self.delay_s(split, others=0)
 
-    def delay_s(self, split: int) -> float:
+    def delay_s(self, split: int, others: int) -> float:
         """What all together wait: the request itself, and those beside it for the device's time that it takes."""
-        return self.ttft_s(split) + self.reach.others * self.compute_s(split)
+        load_s, compute_s = self.load_s(split), self.compute_s(split)
+        alone_s = max(load_s, compute_s) if self.layerwise else load_s + compute_s
+        return self.reach.hidden_s + alone_s + others * compute_s
 
     def best_split(self, most: int) -> int:
         """The split up to `most` blocks with the least delay; of equal ones the longest load.
@@ -296,7 +297,7 @@ class _Outlook:
         if self.layerwise:
             meeting = self._meeting(reach.device_blocks, most)
             corners |= {max(reach.device_blocks, meeting - 1), meeting}
-        return min((x for x in corners if x <= most), key=lambda x: (self.delay_s(x), -x))
+        return min((x for x in corners if x <= most), key=lambda x: (self.delay_s(x, reach.others), -x))
 
     def _meeting(self, low: int, high: int) -> int:
         """The first split at which loading takes as long as computing; `high` if none."""

@@ -23,12 +23,24 @@ Victim = Literal["youngest", "largest", "cheapest"]
 AttentionBackend = Literal["auto", "native", "xla", "pallas"]
 
 
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+
+
 def cache_root() -> Path:
     """Where jserve keeps models, compiled programs and kernels: $JSERVE_CACHE_DIR, or ~/.cache/jserve."""
     chosen = os.environ.get("JSERVE_CACHE_DIR")
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jserve"
+
+
+def pinned_host_gib() -> float:
+    """How much host memory XLA's GPU client pins at most: $XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, or its default of 64."""
+    said = os.environ.get(PINNED_LIMIT, "")
+    try:
+        return float(said) if said else 64.0
+    except ValueError:
+        raise ConfigError(f"{PINNED_LIMIT} is {said!r}: use a number of GiB, or unset it") from None
 
 
 @dataclass(frozen=True)

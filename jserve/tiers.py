@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from jserve.cache.cost import restore_strategy
@@ -10,7 +11,7 @@ from jserve.cache.hierarchy import TieredCache
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import KVCache
 from jserve.calibrate import calibrated
-from jserve.config import EngineConfig
+from jserve.config import PINNED_LIMIT, EngineConfig, pinned_host_gib
 from jserve.errors import ConfigError
 from jserve.host_memory import available_host_bytes
 from jserve.progress import Progress
@@ -26,7 +27,7 @@ def build_cache(config: EngineConfig, runner: Runner, progress: Progress) -> KVC
     said, info = config.cache, runner.info
     if not said.host_gib:
         return KVCache(info.device_blocks, info.block_size, reuse=said.prefix_cache)
-    host_blocks = _host_blocks(said.host_gib, runner.block_bytes)
+    host_blocks = _host_blocks(said.host_gib, runner)
     store = open_disk(config, runner)
     transfer = JaxTransfer(runner, store)
     disk = None
@@ -54,8 +55,14 @@ def build_cache(config: EngineConfig, runner: Runner, progress: Progress) -> KVC
     )
 
 
-def _host_blocks(host_gib: float, block_bytes: int) -> int:
+def _host_blocks(host_gib: float, runner: Runner) -> int:
+    block_bytes, pinned_gib = runner.block_bytes, pinned_host_gib()
     blocks = int(host_gib * 2**30) // block_bytes
+    if not runner.shares_cores and host_gib > pinned_gib:
+        raise ConfigError(
+            f"cache.host_gib is {host_gib}, and XLA pins {pinned_gib:g} GiB of host memory at most: start with "
+            f"{PINNED_LIMIT}={math.ceil(host_gib + 1)} in the environment, or use less"
+        )
     if blocks < 1:
         raise ConfigError(
             f"cache.host_gib is {host_gib}, less than one block of {block_bytes / 2**20:.1f} MiB: use more"

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jserve import checkpoints
+from jserve import checkpoints, tiers
 from jserve.cache.hierarchy import TieredCache
 from jserve.config import CacheConfig, EngineConfig, Preempt, RunnerConfig, SchedConfig
 from jserve.engine import Engine
@@ -219,3 +219,19 @@ def test_preempted_at_random_steps_everybody_is_told_the_same(plain: dict[str, l
     assert engine.stats().preemptions > 10
     assert (scheduler.stats.swaps > 0) == (preempt != "recompute") or preempt == "auto"
     check_idle(engine)
+
+
+def test_more_host_memory_than_xla_pins_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        block_bytes, shares_cores = 1 << 20, False
+
+    monkeypatch.setattr("jserve.tiers.available_host_bytes", lambda: 1 << 50)
+    monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
+    assert tiers._host_blocks(64.0, OnGpu) == 64 << 10  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"pins 64 GiB .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=225"):
+        tiers._host_blocks(224.0, OnGpu)  # type: ignore[arg-type]
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "225")
+    assert tiers._host_blocks(224.0, OnGpu) == 224 << 10  # type: ignore[arg-type]
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "much")
+    with pytest.raises(ConfigError, match="'much': use a number"):
+        tiers._host_blocks(224.0, OnGpu)  # type: ignore[arg-type]

@@ -1,0 +1,118 @@
+"""An engine over three simulated tiers, for the tests of the hierarchy.
+
+The simulated executor's tokens are a function of the KV that it reads, so a block that is wrong, stale or not there yet
+shows as a wrong token.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost, restore_strategy
+from jserve.cache.disk_tier import DiskTier
+from jserve.cache.hierarchy import TieredCache
+from jserve.cache.host_tier import HostTier
+from jserve.config import EngineConfig, SchedConfig
+from jserve.doors import EngineInfo
+from jserve.engine import Engine
+from jserve.request import EngineRequest, SamplingParams
+from jserve.simulated import SimulatedClock, SimulatedExecutor, SimulatedTransfer, expected_tokens
+
+VOCAB, BLOCK = 97, 4
+CopyTime = Callable[[str, int], float]
+
+
+def instant(kind: str, blocks: int) -> float:
+    return 0.0
+
+
+def make_cost() -> CostModel:
+    link = LinkCost(bytes_per_s=1e9)
+    return CostModel(PrefillCost(0.0, 1e-3, 0.0), DecodeCost(0.01), link, link, link, link, BLOCK, 1000)
+
+
+class World:
+    """An engine over three simulated tiers; `disk` may come from an earlier world."""
+
+    def __init__(
+        self,
+        *,
+        device: int = 12,
+        host: int = 40,
+        disk_blocks: int | None = 200,
+        copy_s: CopyTime = instant,
+        fails: Callable[[str], bool] = lambda kind: False,
+        strategy: str = "always",
+        eviction: str = "lru",
+        staging: int = 20,
+        disk: dict[bytes, list[int]] | None = None,
+        max_running: int = 4,
+        wait_limit_s: float = 5.0,
+        store_budget: int = 16,
+        device_reuse: bool = True,
+        orders_loads: bool = False,
+        sched: SchedConfig | None = None,
+    ) -> None:
+        self.clock = SimulatedClock()
+        self.notes: list[str] = []
+        executor = SimulatedExecutor(self.clock, device, BLOCK, VOCAB)
+        self.transfer = SimulatedTransfer(
+            self.clock, executor, host, copy_s, disk=disk, fails=fails, orders_loads=orders_loads
+        )
+        self.cache = TieredCache(
+            device,
+            BLOCK,
+            self.transfer,
+            HostTier(host, eviction),
+            None if disk_blocks is None else DiskTier(disk_blocks, eviction, self.transfer.disk),
+            cost=make_cost(),
+            strategy=restore_strategy(strategy),
+            staging_blocks=staging,
+            wait_limit_s=wait_limit_s,
+            store_budget=store_budget,
+            device_reuse=device_reuse,
+            note=self.notes.append,
+        )
+        info = EngineInfo("simulated", "simulated", VOCAB, 1000, BLOCK, device, 16, "none", "simulated", 0, 0)
+        config = EngineConfig(sched=sched or SchedConfig(max_running=max_running, token_budget=16))
+        self.engine = Engine(config, info, executor, self.clock, self.cache)
+        self.said: dict[str, list[int]] = {}
+        self.cached: dict[str, int] = {}
+
+    def add(self, name: str, prompt: list[int], max_tokens: int = 4) -> None:
+        params = SamplingParams(max_tokens=max_tokens)
+        self.engine.add(EngineRequest(request_id=name, token_ids=prompt, sampling=params))
+        self.said[name] = []
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            self.said[output.request_id] += output.token_ids
+            self.cached[output.request_id] = output.cached_tokens
+
+    def run(self, most: int = 20_000) -> None:
+        for _ in range(most):
+            if not self.engine.has_work:
+                return
+            self.step()
+        raise AssertionError(f"not done after {most} steps")
+
+    def ask(self, name: str, prompt: list[int], max_tokens: int = 4) -> list[int]:
+        self.add(name, prompt, max_tokens)
+        self.run()
+        assert self.said[name] == expected_tokens(prompt, max_tokens, VOCAB)
+        return prompt + self.said[name]
+
+    def check_nothing_is_held(self) -> None:
+        cache = self.cache
+        assert cache.pool.num_free == cache.num_blocks
+        assert not cache._restores
+        assert not cache._timed
+        assert not cache._unread
+        assert cache._staged == 0
+        assert abs(cache._queued_s) < 1e-9
+        assert not any(cache.host.is_pinned(key) for key in list(cache.host._slot_of))
+
+
+def prompt_of(seed: int, tokens: int) -> list[int]:
+    return [random.Random(seed).randrange(VOCAB) for _ in range(tokens)]

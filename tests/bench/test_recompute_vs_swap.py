@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ import pytest
 
 from bench.recompute_vs_swap import simulated
 from bench.recompute_vs_swap.__main__ import main
-from bench.recompute_vs_swap.crowds import Point, kv_memory, overhead, served
+from bench.recompute_vs_swap.crowds import Crowd, Point, kv_memory, overhead, served
 from bench.recompute_vs_swap.figures import draw
 from bench.recompute_vs_swap.poster import cost_model, model_named, published
 from bench.recompute_vs_swap.real import give_way, pool_blocks
@@ -31,7 +32,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("out") / "out.txt"
     with pytest.MonkeyPatch.context() as patch, out.open("w") as file:
         patch.setattr("sys.stdout", file)
-        patch.setattr(simulated, "SERVED", ("models",))
+        patch.setattr(simulated, "SERVED", ())  # they take a while: `served` has a test of its own
         assert main(["--sim", "--short", "--json"]) == 0
     said: dict = json.loads(out.read_text().splitlines()[-1])
     return said
@@ -90,8 +91,10 @@ def test_the_metrics_are_those_of_the_issue(document: dict) -> None:
 
 def test_every_figure_is_drawn_from_the_json_and_is_small(document: dict, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    paths = draw(document, tmp_path)
-    assert {path.name.split("-")[1] for path in paths} >= {f"figure{i}" for i in range(2, 7)}
+    sweeps = document["config"]["sweeps"] | {"served_crowd": asdict(served(a_small_crowd()))}
+    paths = draw({"config": document["config"] | {"sweeps": sweeps}}, tmp_path)
+    names = {path.stem.removeprefix("recompute_vs_swap-").partition("-")[0] for path in paths}
+    assert names == {*(f"figure{i}" for i in range(2, 7)), "models", "mixed", "as"}
     assert sum(path.stat().st_size for path in paths) < 1 << 20
     assert all("<svg" in path.read_text() for path in paths)
 
@@ -114,17 +117,21 @@ def test_victims_are_counted_with_what_they_had_and_charged_what_the_steps_took(
 def test_less_memory_costs_more_and_the_same_seed_the_same() -> None:
     crowd = kv_memory("zipf", seed=1)
     small, large = crowd.points[0], crowd.points[-1]
-    sweep = overhead(type(crowd)("", "", [small, large]))
+    sweep = overhead(Crowd("", "", [small, large]))
     assert sweep.curves["recompute"][0] > sweep.curves["recompute"][1] > 0
-    assert sweep == overhead(type(crowd)("", "", [small, large]))
+    assert sweep == overhead(Crowd("", "", [small, large]))
 
 
 def test_each_way_of_preemption_is_served_to_the_end_and_none_is_far_from_another() -> None:
-    crowd = type(kv_memory("zipf", seed=0))("", "", [Point("", LLAMA, zipf(24, 64, 512, 0.5, seed=2), kv_gb=1)])
+    crowd = a_small_crowd()
     times = {name: curve[0] for name, curve in served(crowd).curves.items()}
     assert times.keys() == {"recompute", "swap", "auto", "swap_one_way", "auto_one_way"}
     assert max(times.values()) < 1.2 * min(times.values())
     assert served(crowd).worst_excess < 0.05
+
+
+def a_small_crowd() -> Crowd:
+    return Crowd("", "", [Point("", LLAMA, zipf(24, 64, 512, 0.5, seed=2), kv_gb=1)])
 
 
 def test_lengths_are_zipfs() -> None:

@@ -104,7 +104,8 @@ class JserveServicer(pb_grpc.JserveServicer):
     async def Explain(self, request: pb.ExplainRequest, context: grpc.aio.ServicerContext) -> pb.ExplainResponse:
         async def answer() -> pb.ExplainResponse:
             name = request.request_id if request.HasField("request_id") else None
-            return convert.history_to_pb(await self._serving().engine.history(name))
+            history = await self._serving().engine.history(name)
+            return await asyncio.to_thread(convert.history_to_pb, history)  # all of it would hold up every stream
 
         return await self._answer(context, answer())
 

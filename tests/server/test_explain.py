@@ -126,6 +126,16 @@ def test_a_request_id_in_use_is_refused_and_the_first_one_goes_on(small: Server)
         assert client.generate("again", max_tokens=2, request_id="same").output_tokens == 2
 
 
+def test_a_refused_request_tells_why(small: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    with small.client() as client, pytest.raises(InvalidRequest, match="at most 159"):
+        client.generate([1] * 500, max_tokens=2, request_id="too-long")
+    assert main(["explain", "too-long", "--target", small.target]) == 0
+    said = capsys.readouterr().out
+    assert "rejected" in said
+    assert "the prompt has 500 tokens" in said
+    assert "it never joined the queue" in said
+
+
 def test_events_are_counted(small: Server) -> None:
     with small.client() as client:
         before = client.stats()

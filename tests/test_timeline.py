@@ -6,15 +6,16 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from jserve.config import EngineConfig, SchedConfig
 from jserve.doors import EngineInfo
 from jserve.engine import Engine
-from jserve.errors import InvalidRequest, NotFound
+from jserve.errors import InvalidRequest, NotFound, Overloaded
 from jserve.explain import explained, listing, phases, save_trace, trace
-from jserve.request import EngineRequest, SamplingParams
+from jserve.request import EngineRequest, SamplingParams, Terms
 from jserve.sched.events import Event, EventKind
 from jserve.simulated import SimulatedClock, SimulatedExecutor
 from jserve.timeline import History, StepRecord, Timeline, Timelines
@@ -156,10 +157,10 @@ def test_a_trace_of_nothing_is_a_trace() -> None:
 # --- from the engine --------------------------------------------------------------------------------------------------
 
 
-def make_engine(blocks: int = 64, block_size: int = 4) -> Engine:
+def make_engine(blocks: int = 64, block_size: int = 4, admission: Literal["queue", "predict"] = "queue") -> Engine:
     clock = SimulatedClock()
     info = EngineInfo("simulated", "simulated", 97, 1000, block_size, blocks, 64, "none", "simulated", 0, 0)
-    config = EngineConfig(sched=SchedConfig(max_running=8, token_budget=64))
+    config = EngineConfig(sched=SchedConfig(max_running=8, token_budget=64, admission=admission))
     return Engine(config, info, SimulatedExecutor(clock, blocks, block_size, 97), clock)
 
 
@@ -235,3 +236,18 @@ def test_a_request_that_overtakes_yields_and_comes_back_tells_exactly_that() -> 
     assert "promoted past head" in story
     assert "preempted for head" in story
     assert story.splitlines()[-1].startswith("  in all: waiting 0.000 s, prefill")
+
+
+def test_a_request_that_would_be_late_is_rejected_with_its_prediction() -> None:
+    engine = make_engine(blocks=400, admission="predict")
+    engine.add(request("before", [1] * 900, 20))
+    for _ in range(5):  # until it is known what a prompt takes
+        engine.step()
+    late = request("late", [2] * 900, 4)
+    late.terms = Terms(slo_ttft_s=0.01)
+    with pytest.raises(Overloaded):
+        engine.add(late)
+    story = explained(engine.history("late"))
+    assert "rejected" in story
+    assert "is predicted in 0." in story
+    assert "due in 0.01 s" in story

@@ -23,88 +23,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from jserve.cache.block_keys import extend_keys
 from jserve.cache.cost import CostModel, LinkCost, Reach, Strategy, SwapDecision, swap_or_recompute
 from jserve.cache.disk_tier import DiskTier, Pause
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import Admission, BlockTable, KVCache, Staging
+from jserve.cache.restore import ENDLESS, Load, Operation, Read, Restore, Store, Write
 from jserve.cache.tier_stats import TierStats
 from jserve.cache.transfer import Completion, Transfer
 
 STORES_IN_FLIGHT = 4
 READS_IN_FLIGHT = 16
 WRITES_IN_FLIGHT = 4
-_ENDLESS = 1 << 60
-
-
-@dataclass(slots=True, eq=False)
-class Restore:
-    """What one request, waiting or loading, has under way in the tiers. It hangs on the request's block table.
-
-    Of the prefix, in blocks: settled <= next_read <= split <= wanted, while the request waits.
-    """
-
-    table: BlockTable
-    num_tokens: int
-    """Of the prompt."""
-    prefill_s: float = 0.0
-    """What computing the whole prompt is predicted to take: as long as it waits, it hides the reads of others."""
-    split: int = 0
-    """Leading blocks that may come from below the device; the rest is computed."""
-    wanted: int = 0
-    """The same, had the staging region endless room."""
-    next_read: int = 0
-    """The first block that is still to be asked for from disk."""
-    settled: int = 0
-    """Leading blocks that nobody waits for."""
-    above_disk: int = _ENDLESS
-    """Leading blocks that device or host had when the request came."""
-    pin: bytes | None = None
-    """The last of its blocks on the host, pinned, and so all before it."""
-    staging: int = 0
-    """Blocks of the staging region that it takes, or was promised."""
-    reading: int = 0
-    """Reads for it under way."""
-    ended: bool = False
-    deadline_s: float = 0.0
-    load_ticket: int | None = None
-    loaded: bool | None = None
-    """None while the load is under way, then whether it has succeeded."""
-    device_blocks: int = 0
-    """While loading: leading blocks that needed no load."""
-    reach_blocks: int = 0
-    """While loading: leading blocks that are there once it has succeeded."""
-
-
-@dataclass(slots=True)
-class _Store:
-    keys: list[bytes]
-
-
-@dataclass(slots=True)
-class _Load:
-    restore: Restore
-    blocks: int
-    pins: list[bytes]
-
-
-@dataclass(slots=True)
-class _Read:
-    key: bytes
-    version: int | None
-    restore: Restore
-    start_s: float
-
-
-@dataclass(slots=True)
-class _Write:
-    key: bytes
-    start_s: float
-
-
-_Operation = _Store | _Load | _Read | _Write
 
 
 class TieredCache(KVCache):
@@ -135,7 +67,7 @@ class TieredCache(KVCache):
         self.tier_stats = TierStats()
         self._note = note
         self._next_ticket = 0
-        self._tickets: dict[int, _Operation] = {}
+        self._tickets: dict[int, Operation] = {}
         self._unstored: deque[tuple[bytes, bytes | None, int]] = deque()  # key, parent, device block
         self._restores: dict[Restore, None] = {}  # in order of arrival
         self._timed: dict[Restore, None] = {}  # those that wait for a copy, or have waited
@@ -258,7 +190,7 @@ class TieredCache(KVCache):
 
     def _stage(self) -> None:
         """Read from disk what was decided, in order of arrival and a few blocks at a time."""
-        room = READS_IN_FLIGHT - self._in_flight(_Read)
+        room = READS_IN_FLIGHT - self._in_flight(Read)
         for restore in list(self._unread):
             while room > 0 and restore.next_read < restore.split:
                 room -= self._read_next(restore)
@@ -286,7 +218,7 @@ class TieredCache(KVCache):
         self.disk.learn(key, parent)
         restore.reading += 1
         self.tier_stats.staged_blocks += 1
-        read = _Read(key, self.disk.version(key), restore, self._now_s)
+        read = Read(key, self.disk.version(key), restore, self._now_s)
         self.transfer.read(self._ticket(read), key, slot)
         return True
 
@@ -360,7 +292,7 @@ class TieredCache(KVCache):
         last_of_runs = [table.keys[i] for i, after in zip(places, [*places[1:], -1], strict=True) if after != i + 1]
         for key in last_of_runs:
             self.host.pin(key)
-        restore.load_ticket = self._ticket(_Load(restore, len(places), last_of_runs))
+        restore.load_ticket = self._ticket(Load(restore, len(places), last_of_runs))
         slots, blocks = [self.host.slot(table.keys[i]) for i in places], [table.blocks[i] for i in places]
         restore.loaded = self.transfer.load(restore.load_ticket, slots, blocks) or None
         return self.restored(table) is not None
@@ -368,7 +300,7 @@ class TieredCache(KVCache):
     def _count_hits(self, table: BlockTable, loaded: list[int], reach: int) -> None:
         if table.counted:
             return
-        above_disk = table.restore.above_disk if table.restore is not None else _ENDLESS
+        above_disk = table.restore.above_disk if table.restore is not None else ENDLESS
         from_disk = sum(i >= above_disk for i in loaded)
         self.tier_stats.device_hit_tokens += (reach - len(loaded)) * self.block_size
         self.tier_stats.host_hit_tokens += (len(loaded) - from_disk) * self.block_size
@@ -418,7 +350,7 @@ class TieredCache(KVCache):
 
     def _cancel_load(self, ticket: int) -> None:
         load = self._tickets.pop(ticket)
-        assert isinstance(load, _Load)
+        assert isinstance(load, Load)
         self.transfer.cancel(ticket)
         for key in load.pins:
             self.host.unpin(key)
@@ -430,7 +362,7 @@ class TieredCache(KVCache):
 
     def write_through(self) -> None:
         """Copy to the host what the launched steps fill, at most `store_budget` blocks a call."""
-        if self._unstored and self._in_flight(_Store) < STORES_IN_FLIGHT:
+        if self._unstored and self._in_flight(Store) < STORES_IN_FLIGHT:
             self._store(self._due())
 
     def _due(self) -> Iterator[tuple[bytes, bytes | None, int]]:
@@ -460,7 +392,7 @@ class TieredCache(KVCache):
             slots.append(slot)
             sources.append(block)
         if keys:
-            self.transfer.store(self._ticket(_Store(keys)), sources, slots)
+            self.transfer.store(self._ticket(Store(keys)), sources, slots)
 
     def _store_missing(self, table: BlockTable) -> None:
         """Copy to the host what it lacks of the table's full blocks, whatever the budget says."""
@@ -494,7 +426,7 @@ class TieredCache(KVCache):
         """Copy to disk, a few blocks at a time, what carries the write-back bit."""
         if self.disk is None or not self.disk.writing.is_over(self._now_s):
             return
-        room = WRITES_IN_FLIGHT - self._in_flight(_Write)
+        room = WRITES_IN_FLIGHT - self._in_flight(Write)
         while room > 0 and (key := self.host.next_write_back()) is not None:
             if key in self.disk:
                 self.disk.learn(key, self.host.parent(key))
@@ -506,7 +438,7 @@ class TieredCache(KVCache):
             for victim in victims:
                 self.transfer.delete(victim)
             self.host.pin(key)
-            self.transfer.write(self._ticket(_Write(key, self._now_s)), self.host.slot(key), key)
+            self.transfer.write(self._ticket(Write(key, self._now_s)), self.host.slot(key), key)
             room -= 1
 
     # --- completions --------------------------------------------------------------------------------------------
@@ -516,13 +448,13 @@ class TieredCache(KVCache):
         self._now_s = now_s
         for completion in self.transfer.poll():
             match self._tickets.pop(completion.ticket, None):
-                case _Store() as store:
+                case Store() as store:
                     self._stored(store, completion)
-                case _Load() as load:
+                case Load() as load:
                     self._loaded(load, completion)
-                case _Read() as read:
+                case Read() as read:
                     self._read(read, completion)
-                case _Write() as write:
+                case Write() as write:
                     self._written(write, completion)
         self._expire()
         self._mend()
@@ -554,6 +486,7 @@ class TieredCache(KVCache):
         size = self.cost.block_bytes
         tiers: dict[str, float] = {
             "device_bytes": self.num_blocks * size,
+            "device_used_bytes": (self.num_blocks - self.pool.num_free + self.pool.num_reclaimable) * size,
             "host_blocks": self.host.num_slots,
             "host_used_blocks": len(self.host),
             "host_used_bytes": len(self.host) * size,
@@ -575,15 +508,15 @@ class TieredCache(KVCache):
     def close(self) -> None:
         self.transfer.close()
 
-    def _ticket(self, operation: _Operation) -> int:
+    def _ticket(self, operation: Operation) -> int:
         self._next_ticket += 1
         self._tickets[self._next_ticket] = operation
         return self._next_ticket
 
-    def _in_flight(self, kind: type[_Operation]) -> int:
+    def _in_flight(self, kind: type[Operation]) -> int:
         return sum(isinstance(operation, kind) for operation in self._tickets.values())
 
-    def _stored(self, store: _Store, end: Completion) -> None:
+    def _stored(self, store: Store, end: Completion) -> None:
         self.tier_stats.store_s += end.seconds
         if end.error is not None:
             self.tier_stats.failed_stores += 1
@@ -596,7 +529,7 @@ class TieredCache(KVCache):
         self.tier_stats.stored_bytes += end.num_bytes
         self._observe(self.cost.device_to_host, end, len(store.keys) / self.cost.blocks_per_copy)
 
-    def _loaded(self, load: _Load, end: Completion) -> None:
+    def _loaded(self, load: Load, end: Completion) -> None:
         for key in load.pins:
             self.host.unpin(key)
         load.restore.loaded = end.error is None
@@ -608,7 +541,7 @@ class TieredCache(KVCache):
         self.tier_stats.loaded_bytes += end.num_bytes
         self._observe(self.cost.host_to_device, end, load.blocks / self.cost.blocks_per_copy)
 
-    def _read(self, read: _Read, end: Completion) -> None:
+    def _read(self, read: Read, end: Completion) -> None:
         assert self.disk is not None
         self._end_read(read)
         self.tier_stats.read_s += end.seconds
@@ -626,12 +559,12 @@ class TieredCache(KVCache):
             self._fault(self.disk.reading, "read", end.error)
         self._lose(read.key)
 
-    def _end_read(self, read: _Read) -> None:
+    def _end_read(self, read: Read) -> None:
         read.restore.reading -= 1
         if read.restore.ended:
             self._give_room_back(read.restore, 1)
 
-    def _written(self, write: _Write, end: Completion) -> None:
+    def _written(self, write: Write, end: Completion) -> None:
         assert self.disk is not None
         self.tier_stats.write_s += end.seconds
         if end.error is not None:
@@ -644,7 +577,7 @@ class TieredCache(KVCache):
         self.tier_stats.written_bytes += end.num_bytes
         self._observe(self.cost.disk_write, end, 1)
 
-    def _fail_write(self, write: _Write, error: str) -> None:
+    def _fail_write(self, write: Write, error: str) -> None:
         assert self.disk is not None
         self.host.unpin(write.key)
         self.host.write_back_again(write.key)
@@ -685,7 +618,7 @@ class TieredCache(KVCache):
             self._give_up_waiting(restore)
         late_s = self._now_s - self.wait_limit_s
         for ticket, operation in list(self._tickets.items()):
-            if isinstance(operation, _Read | _Write) and operation.start_s <= late_s:
+            if isinstance(operation, Read | Write) and operation.start_s <= late_s:
                 self._give_up_disk(ticket, operation)
 
     def _give_up_waiting(self, restore: Restore) -> None:
@@ -699,12 +632,12 @@ class TieredCache(KVCache):
             self._deferred.pop(restore, None)  # what is slow now is not asked again
             self._cut(restore)
 
-    def _give_up_disk(self, ticket: int, operation: _Read | _Write) -> None:
+    def _give_up_disk(self, ticket: int, operation: Read | Write) -> None:
         """A disk that hangs must not keep slots, nor make every later request wait for it."""
         assert self.disk is not None
         self.transfer.cancel(ticket)
         del self._tickets[ticket]
-        if isinstance(operation, _Write):
+        if isinstance(operation, Write):
             self._fail_write(operation, "a write takes too long")
             return
         self._end_read(operation)

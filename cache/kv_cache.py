@@ -18,7 +18,7 @@ from jserve.cache.cost import SwapDecision
 from jserve.cache.prefix_index import PrefixIndex
 
 if TYPE_CHECKING:
-    from jserve.cache.hierarchy import Restore
+    from jserve.cache.restore import Restore
 
 
 @dataclass(frozen=True, slots=True)

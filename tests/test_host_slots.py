@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 import weakref
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from jserve import checkpoints, host_slots
-from jserve.batch import LOADS_BESIDE_POOL
+from jserve.batch import LOADS_BESIDE_POOL, STORES_BESIDE_POOL
 from jserve.cache.disk_store import DiskStore
 from jserve.cache.transfer import Completion
 from jserve.config import AttentionBackend, CacheConfig, EngineConfig, RunnerConfig, SchedConfig
@@ -269,3 +270,15 @@ def test_a_real_disk_fills_the_slots(runner: Runner, tmp_path: Path) -> None:
     ended(transfer, 1)
     np.testing.assert_array_equal(contents(runner, [20, 21]), contents(runner, [0, 1]))
     transfer.close()
+
+
+def test_copies_on_their_way_have_memory_of_their_own_beside_the_pool(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blocks(host_gib: float) -> int:
+        cache = CacheConfig(block_size=BLOCK, host_gib=host_gib)
+        monkeypatch.setattr(runner, "config", dataclasses.replace(runner.config, cache=cache))
+        return runner._size(4096, "gpu").num_blocks
+
+    monkeypatch.setattr(runner, "_free_bytes", lambda *_: 1000 * runner.block_bytes // runner.config.tp)
+    assert blocks(0.0) - blocks(1.0) == STORES_BESIDE_POOL + LOADS_BESIDE_POOL

@@ -12,9 +12,10 @@ from tiers_world import BLOCK, VOCAB, World, prompt_of
 
 from jserve.cache.cost import restore_strategy
 from jserve.cache.disk_tier import DiskTier
-from jserve.cache.hierarchy import READS_IN_FLIGHT, WRITES_IN_FLIGHT, _Read
+from jserve.cache.hierarchy import READS_IN_FLIGHT, WRITES_IN_FLIGHT
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import BlockTable, KVCache
+from jserve.cache.restore import Read
 from jserve.simulated import expected_tokens
 
 
@@ -348,6 +349,17 @@ def test_what_was_written_over_before_its_turn_is_not_stored() -> None:
         world.ask(f"again {i}", prompt_of(i, 40), 1)
 
 
+def test_statistics_tell_blocks_and_bytes_of_each_tier() -> None:
+    world = World()
+    world.ask("first", prompt_of(0, 30))
+    stats, size = world.cache.stats(), world.cache.cost.block_bytes
+    assert stats["device_bytes"] == 12 * size
+    assert stats["device_used_bytes"] == stats["host_used_bytes"] == stats["disk_used_bytes"] == 8 * size
+    assert stats["stored_blocks"] == stats["written_blocks"] == stats["disk_used_blocks"] == 8
+    assert stats["host_write_back_backlog"] == stats["corrupt_blocks"] == stats["load_decisions"] == 0
+    assert stats["decisions"] == 1
+
+
 def test_a_decision_starts_no_copy_and_the_reads_come_a_few_at_a_time() -> None:
     world = World(device=80, host=80, disk_blocks=400, staging=70, copy_s=lambda kind, blocks: 0.01)
     first = world.ask("first", prompt_of(0, 240))
@@ -364,7 +376,7 @@ def test_a_decision_starts_no_copy_and_the_reads_come_a_few_at_a_time() -> None:
 
 
 def reads_under_way(world: World) -> int:
-    return sum(isinstance(operation, _Read) for operation in world.cache._tickets.values())
+    return sum(isinstance(operation, Read) for operation in world.cache._tickets.values())
 
 
 def test_a_disk_that_hangs_at_writing_is_given_up_and_told_of_once() -> None:

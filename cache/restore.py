@@ -1,0 +1,87 @@
+"""What the hierarchy has under way: for each request (`Restore`), and for each ticket of the Transfer door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jserve.cache.kv_cache import BlockTable
+
+ENDLESS = 1 << 60
+
+
+@dataclass(slots=True, eq=False)
+class Restore:
+    """What one request, waiting or loading, has under way in the tiers. It hangs on the request's block table.
+
+    Of the prefix, in blocks: settled <= next_read <= split <= wanted, while the request waits.
+    """
+
+    table: BlockTable
+    num_tokens: int
+    """Of the prompt."""
+    prefill_s: float = 0.0
+    """What computing the whole prompt is predicted to take: as long as it waits, it hides the reads of others."""
+    split: int = 0
+    """Leading blocks that may come from below the device; the rest is computed."""
+    wanted: int = 0
+    """The same, had the staging region endless room."""
+    next_read: int = 0
+    """The first block that is still to be asked for from disk."""
+    settled: int = 0
+    """Leading blocks that nobody waits for."""
+    above_disk: int = ENDLESS
+    """Leading blocks that device or host had when the request came."""
+    pin: bytes | None = None
+    """The last of its blocks on the host, pinned, and so all before it."""
+    staging: int = 0
+    """Blocks of the staging region that it takes, or was promised."""
+    reading: int = 0
+    """Reads for it under way."""
+    ended: bool = False
+    deadline_s: float = 0.0
+    load_ticket: int | None = None
+    loaded: bool | None = None
+    """None while the load is under way, then whether it has succeeded."""
+    device_blocks: int = 0
+    """While loading: leading blocks that needed no load."""
+    reach_blocks: int = 0
+    """While loading: leading blocks that are there once it has succeeded."""
+
+
+@dataclass(slots=True)
+class Store:
+    """Device to host, of blocks whose slots are being filled."""
+
+    keys: list[bytes]
+
+
+@dataclass(slots=True)
+class Load:
+    """Host to device, for one request."""
+
+    restore: Restore
+    blocks: int
+    pins: list[bytes]
+    """The last of each run of its source blocks."""
+
+
+@dataclass(slots=True)
+class Read:
+    """Disk to host, of one block."""
+
+    key: bytes
+    version: int | None
+    """Of the copy that is read (`DiskTier.version`)."""
+    restore: Restore
+    start_s: float
+
+
+@dataclass(slots=True)
+class Write:
+    """Host to disk, of one block, which is pinned."""
+
+    key: bytes
+    start_s: float
+
+
+Operation = Store | Load | Read | Write

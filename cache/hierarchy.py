@@ -7,7 +7,7 @@
 - staging: when a request arrives, it is decided how much of what only disk has of its prefix is read to the host while
   it queues, within the staging region; the rest is asked for later, or computed again.
 - loading: an admitted request gets its device blocks and waits, outside of any batch, until the host's blocks have
-  been copied into them; other requests' steps go on.
+  been copied into them; other requests' steps go on. Where a copy has its turn before the next step, it waits for none.
 - swapping: what a preempted sequence has not on the host yet is copied there before its blocks are taken, and kept.
 
 A tier holds a block only with all blocks before it in its chain, for none is evicted before those after it. So how far
@@ -272,6 +272,8 @@ class TieredCache(KVCache):
 
     def _store_again(self, table: BlockTable, found: list[int | None]) -> None:
         """What the device has kept and the host has not, because its store was skipped or it was evicted."""
+        if len(self._unstored) >= self.num_blocks:
+            return  # all of it waits already, or more than the host can take
         for i in range(self.host.reach(table.keys, len(found)), len(found)):
             block = found[i]
             if block is not None:
@@ -366,16 +368,18 @@ class TieredCache(KVCache):
             self._store(self._due())
 
     def _due(self) -> Iterator[tuple[bytes, bytes | None, int]]:
-        for _ in range(self.store_budget):
-            while self._unstored and self._unstored[0][0] in self.host:
-                self._unstored.popleft()
-            if not self._unstored:
-                return
+        """What the budget allows. What has come to the host meanwhile or left the device costs none of it, so that no
+        more can wait than the device holds."""
+        due = 0
+        while self._unstored and due < self.store_budget:
             key, parent, block = self._unstored.popleft()
-            if self.index.block_of(key) == block:
-                yield key, parent, block
-            else:
+            if key in self.host:
+                continue
+            if self.index.block_of(key) != block:
                 self.tier_stats.skipped_stores += 1
+                continue
+            due += 1
+            yield key, parent, block
 
     def _store(self, blocks: Iterable[tuple[bytes, bytes | None, int]]) -> None:
         """Copy to the host what it has slots for."""

@@ -421,6 +421,20 @@ def test_what_the_host_had_no_slot_for_is_stored_when_it_is_used_again() -> None
     assert world.cache.tier_stats.host_hit_tokens >= 32
 
 
+def test_what_waits_to_be_stored_is_never_more_than_the_device_holds() -> None:
+    world = World(disk_blocks=None, device=20, host=2, store_budget=1, max_running=2)
+    first = world.ask("first", prompt_of(0, 40))
+    most = 0
+    for i in range(60):
+        world.add(f"same {i}", first, 1)
+        world.add(f"other {i}", prompt_of(i + 1, 8), 1)
+        for _ in range(3):
+            world.step()
+            most = max(most, len(world.cache._unstored))
+    assert most <= 2 * world.cache.num_blocks
+    world.run()
+
+
 def test_what_waits_for_a_broken_disk_is_tried_once_more_before_the_end() -> None:
     broken = True
     world = World(fails=lambda kind: kind == "write" and broken)
@@ -520,6 +534,13 @@ def test_a_sequence_that_is_swapped_out_comes_back_as_it_was() -> None:
     assert swapped.admit() == [[i] * BLOCK for i in range(5)]
     swapped.cache.release(swapped.table)
     swapped.world.check_nothing_is_held()
+
+
+def test_a_block_that_is_still_on_its_way_to_the_host_is_not_loaded_from_there() -> None:
+    swapped = Swapped(copy_s=0.1)
+    swapped.cache.swap_out(swapped.table)
+    swapped.overwrite_the_device()
+    assert swapped.admit() == []
 
 
 def test_what_is_swapped_out_stays_on_the_host_until_its_sequence_is_back() -> None:

@@ -73,7 +73,7 @@ class KVCache:
         return -(-num_tokens // self.block_size)
 
     def admit(self, table: BlockTable, token_ids: list[int], spare: int = 0) -> Admission | None:
-        """Give a table the blocks for all of `token_ids`, found ones first. It is empty, or kept by `truncate`.
+        """Give an empty table the blocks for all of `token_ids`, found ones first.
 
         The last token is never cached, because it must be computed to have a next one. Returns None, and changes
         nothing, if the blocks do not fit and leave `spare` free ones.
@@ -135,7 +135,6 @@ class KVCache:
         self.pool.hold(found)
         allocated = self.pool.allocate(fresh)
         assert allocated is not None, "counted above"
-        self.pool.release(reversed(table.blocks))  # what it had kept is among the found
         table.blocks = found + allocated
         self._unwatch(table)
         return True

@@ -1,8 +1,10 @@
 """How a request that has to yield comes back: computed again, or swapped out to host memory and back.
 
 A policy decides for one victim, from what the cache's cost model says of it (`cache.cost.swap_or_recompute`, after
-"Uncover the Overhead and Resource Usage for Handling KV Cache Overflow in LLM Inference", SC'24). Either way it gives
-back no more blocks than are needed, from its tail: the leading ones stay, until somebody before it needs them too.
+"Uncover the Overhead and Resource Usage for Handling KV Cache Overflow in LLM Inference", SC'24).
+
+Either way preemption is partial: what a victim gives back becomes free, but with prefix caching its full blocks stay
+findable until they are taken, from its tail on. When it comes back, only those that somebody needed are missing.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ Everything follows one order of ranks (`order`), and one rule: who ranks behind 
 
 - The queue is filled greedily (FlashGen §4.2): where the first does not fit, later ones that do are *promoted* past it.
 - What later ones hold counts as free for whoever waits before them (§4.3): as soon as a waiting request would fit into
-  the free blocks and theirs, only so many of them as are needed are preempted (`victim`), the last of them only as far
-  as needed, and it starts. How they come back is a choice of its own (`preemption`).
-- The preempted wait in their old places, with the blocks that nobody before them needs, and start again when they
-  fit: at the soonest when one of those before them has ended (§4.4).
+  the free blocks and theirs, only so many of them as are needed are preempted (`victim`), and it starts. How they come
+  back is a choice of its own (`preemption`).
+- The preempted wait in their old places, and start again when they fit: at the soonest when one of those before them
+  has ended (§4.4).
 - A decode that needs a block takes it from those behind it, and from itself if there are none.
 
 So a request waits for those before it, for its own KV on the way from disk, and for one preemption, but never for a
@@ -134,11 +134,11 @@ class Scheduler:
         self._look = False
         """Whether one that waits might fit that did not before."""
         self._holders: list[Sequence] = []
-        """All that hold blocks, in order of rank: loading, running and partly preempted ones, which have no slot."""
+        """All that hold blocks, and a slot, in order of rank: loading and running ones."""
         self._prefills: list[Sequence] = []
         self._decodes: list[Sequence] = []
         """Those with another token to compute: the last one may still be in flight when none is left."""
-        self._num_loading = self.num_running = 0
+        self._num_loading = 0
         self.waiting_tokens = 0
         """Of the prompts that have not started yet."""
         self._free_slots = list(range(max_running - 1, -1, -1))
@@ -152,6 +152,10 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._queue) + len(self._passed)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._holders) - self._num_loading
 
     @property
     def loading(self) -> list[Sequence]:
@@ -332,11 +336,9 @@ class Scheduler:
         """Extend the sequence's blocks, preempting those behind it while that is needed; False if it was itself."""
         while not self.cache.extend(sequence.table, num_tokens):
             behind = self._behind(sequence.rank)
+            self._preempt(behind[0] if behind else sequence, sequence)
             if not behind:
-                self._preempt(sequence, sequence, 0)
                 return False
-            missing = self.cache.blocks_for(num_tokens) - len(sequence.table.blocks)
-            self._preempt(behind[0], sequence, missing - self.cache.pool.num_free)
         return True
 
     def _behind(self, rank: Rank) -> list[Sequence]:
@@ -426,20 +428,15 @@ class Scheduler:
     def _rooms(self, ahead: int) -> list[int]:
         """For those with so many holders of blocks ahead, one more, and so on: the blocks that they could have at most.
 
-        That is the free ones and all of those behind, whose slots they can have too, but the spare ones; or -1.
+        That is the free ones and all of those behind, whose slots they can have too, but one for each ahead; or -1.
         """
         behind = self._holders[ahead:]
         blocks = [*accumulate((len(sequence.table.blocks) for sequence in reversed(behind)), initial=0)]
-        spare = accumulate((sequence.slot >= 0 for sequence in behind), initial=self._spare(ahead))
         free = self.cache.pool.num_free
-        rooms = [free + theirs - own for theirs, own in zip(reversed(blocks), spare, strict=True)]
+        rooms = [free + theirs - i for i, theirs in enumerate(reversed(blocks), ahead)]
         if not self._free_slots:
             rooms[-1] = -1
         return rooms
-
-    def _spare(self, ahead: int) -> int:
-        """One block for each that runs before a request, so that their next tokens do not preempt it at once."""
-        return sum(sequence.slot >= 0 for sequence in self._holders[:ahead])
 
     def _admit_one(
         self, plan: StepPlan, chunks: _Chunks, sequence: Sequence, skipped: list[tuple[Sequence, int]]
@@ -447,16 +444,17 @@ class Scheduler:
         if sequence.in_flight:  # preempted a moment ago: its next token must not be sampled twice
             self._look = True
             return False
-        spare = self._spare(self._ahead(sequence))
+        # One spare block for each ahead, so that their next tokens do not preempt it at once.
+        spare = self._ahead(sequence)
         victims = self._victims(sequence, spare)
         if victims is None:
             return False
         if victims:
             decodes = len(self._decodes)
-            self._preempt_for(sequence, victims, spare)
+            for victim in victims:
+                self._preempt(victim, sequence)
             chunks.left += decodes - len(self._decodes)
             chunks.pending = deque(s for s in chunks.pending if s.phase is Phase.RUNNING)
-        kept = bool(sequence.table.blocks)
         admission = self.cache.admit(sequence.table, sequence.tokens, spare)
         if admission is None:
             raise AssertionError(f"{sequence.request_id} fits, and is not admitted")
@@ -464,8 +462,7 @@ class Scheduler:
         self._tell_promoted(sequence, skipped)
         kind = EventKind.ADMITTED if sequence.num_cached < 0 else EventKind.RESUMED
         self._tell(kind, sequence, detail=f"{admission.num_cached} of {len(sequence.tokens)} tokens are cached")
-        if not kept:
-            insort(self._holders, sequence, key=_rank)
+        insort(self._holders, sequence, key=_rank)
         if admission.loading:
             sequence.phase = Phase.LOADING
             self._num_loading += 1
@@ -479,8 +476,8 @@ class Scheduler:
         """As few as must yield for it to start, maybe none; None if it could not start if all behind it did."""
 
         def enough(victims: list[Sequence]) -> bool:
-            slot = self._free_slots or any(victim.slot >= 0 for victim in victims)
-            return bool(slot) and self.cache.fits(sequence.table, sequence.tokens, spare, [s.table for s in victims])
+            slot = bool(self._free_slots or victims)
+            return slot and self.cache.fits(sequence.table, sequence.tokens, spare, [s.table for s in victims])
 
         if enough([]):
             return []
@@ -495,18 +492,6 @@ class Scheduler:
             else:
                 low = middle + 1
         return behind[:low]
-
-    def _preempt_for(self, sequence: Sequence, victims: list[Sequence], spare: int) -> None:
-        """Preempt these, the last of them only as far as needed."""
-
-        def lacking() -> int:
-            return self.cache.need(sequence.table, sequence.tokens, sequence) + spare - self.cache.pool.num_free
-
-        for victim in victims:
-            self._preempt(victim, sequence, lacking())
-        for victim in reversed(victims):  # what it shares with a victim was not freed for it
-            if victim.table.blocks and lacking() > 0:
-                self._preempt(victim, sequence, len(victim.table.blocks))
 
     def _tell_promoted(self, sequence: Sequence, skipped: list[tuple[Sequence, int]]) -> None:
         first = min([*filter(None, [self._queue.first()]), *(s for s, _ in skipped)], key=_rank, default=sequence)
@@ -528,7 +513,6 @@ class Scheduler:
         """From now on it is part of the batch; its leading `cached` tokens have their KV."""
         assert not sequence.in_flight, "its next token would be sampled twice"
         sequence.phase = Phase.RUNNING
-        self.num_running += 1
         sequence.num_computed = cached
         if sequence.num_cached < 0:
             self.shares.serve(sequence.place)
@@ -539,55 +523,28 @@ class Scheduler:
         insort(self._prefills, sequence, key=_rank)
         plan.admitted.append(sequence)
 
-    def _preempt(self, victim: Sequence, by: Sequence, wanted: int) -> None:
-        """Take its slot back, and as many blocks from its tail as free `wanted` ones, or all if they do not.
+    def _preempt(self, victim: Sequence, by: Sequence) -> None:
+        """Take slot and blocks back from a sequence.
 
-        A tail that is not a full block goes in any case. What no tier keeps of the rest will be computed again.
+        Its full blocks stay findable until somebody takes them, the last first: no more of it is lost than is needed.
         """
-        table, had = victim.table, len(victim.table.blocks)
-        keep = self._kept(victim, wanted)
-        if victim.phase is Phase.WAITING:  # partly preempted before
-            self.cache.truncate(table, keep)
-            self._queue_again(victim)
-            return
-        swapped = victim.phase is Phase.RUNNING and self._swaps(
-            self.cache.swap_or_recompute(table, victim.num_computed)
-        )
+        blocks = len(victim.table.blocks)
+        decision = self.cache.swap_or_recompute(victim.table, victim.num_computed)
+        swapped = victim.phase is Phase.RUNNING and self._swaps(decision)
         if swapped:
-            self.cache.swap_out(table, keep)
-        elif keep:
-            self.cache.truncate(table, keep)
+            self.cache.swap_out(victim.table)
         else:
-            self.cache.release(table)
+            self.cache.release(victim.table)
         self._leave_batch(victim)
         victim.phase = Phase.WAITING
         self.stats.preemptions += 1
         self.stats.swaps += swapped
-        mode = "swap" if swapped else "recompute"
-        why = ", as none is left for its next token" if by is victim else ""
-        told_by = None if by is victim else by
-        self._tell(EventKind.PREEMPTED, victim, told_by, f"{mode}, {had - keep} of {had} blocks given back{why}")
+        detail = f"{'swap' if swapped else 'recompute'}, {blocks} blocks given back"
+        if victim is by:
+            self._tell(EventKind.PREEMPTED, victim, detail=f"{detail}: none is left for its next token")
+        else:
+            self._tell(EventKind.PREEMPTED, victim, by, detail)
         self._wait(victim)
-
-    def _kept(self, victim: Sequence, wanted: int) -> int:
-        """The leading blocks that it need not give back."""
-        if victim.phase is Phase.LOADING:
-            return 0
-        blocks, ref_count = victim.table.blocks, self.cache.pool.ref_count
-        keep = victim.table.num_published
-        wanted -= sum(ref_count(block) == 1 for block in blocks[keep:])
-        while keep and wanted > 0:
-            keep -= 1
-            wanted -= ref_count(blocks[keep]) == 1
-        return keep
-
-    def _queue_again(self, sequence: Sequence) -> None:
-        """A waiting one has fewer blocks than before, so that it needs more."""
-        if not sequence.table.blocks:
-            _discard(self._holders, sequence)
-        if sequence in self._queue:
-            self._queue.set_need(sequence, self.cache.need(sequence.table, sequence.tokens, sequence))
-        self._look = True
 
     # --- results ------------------------------------------------------------------------------------------------
 
@@ -648,8 +605,6 @@ class Scheduler:
             else:
                 del self._passed[sequence]
             self.cache.release(sequence.table)
-            _discard(self._holders, sequence)
-            self._look = True
         else:
             # The KV of the newest token was never computed, or is past the end.
             known = min(sequence.num_computed, len(sequence.tokens))
@@ -665,14 +620,9 @@ class Scheduler:
 
     def _leave_batch(self, sequence: Sequence) -> None:
         """Give the slot back. Safe with steps in flight: the device runs them before any that reuses it."""
-        for group in (self._prefills, self._decodes):
+        for group in (self._holders, self._prefills, self._decodes):
             _discard(group, sequence)
-        if not sequence.table.blocks:
-            _discard(self._holders, sequence)
-        if sequence.phase is Phase.LOADING:
-            self._num_loading -= 1
-        else:
-            self.num_running -= 1
+        self._num_loading -= sequence.phase is Phase.LOADING
         sequence.num_computed = sequence.news_limit = 0
         self._free_slots.append(sequence.slot)
         sequence.slot = -1

@@ -141,9 +141,10 @@ def watch(engine: Engine) -> list[int]:
 
 def assert_blocks_are_conserved(scheduler: Scheduler) -> None:
     pool = scheduler.cache.pool
-    everybody = scheduler.running + scheduler.loading + list(scheduler.waiting)
-    held = Counter(block for s in everybody for block in s.table.blocks)
-    assert {s for s in everybody if s.table.blocks} == set(scheduler._holders)
+    holders = scheduler.running + scheduler.loading
+    held = Counter(block for s in holders for block in s.table.blocks)
+    assert set(holders) == set(scheduler._holders)
+    assert not any(s.table.blocks for s in scheduler.waiting)
     assert [s.rank for s in scheduler._holders] == sorted(s.rank for s in scheduler._holders)
     assert scheduler.num_running == len(scheduler.running)
     assert all(pool.ref_count(block) == held[block] for block in range(pool.num_blocks))
@@ -167,10 +168,10 @@ def assert_nobody_waits_who_could_run(scheduler: Scheduler, plan: StepPlan | Non
         return
     for waiting in scheduler.waiting:
         behind = [s for s in scheduler._holders if s.rank > waiting.rank]
-        ahead = sum(s.slot >= 0 for s in scheduler._holders if s.rank < waiting.rank)
+        ahead = len(scheduler._holders) - len(behind)
         # A token of one that has just been preempted is in flight; who has been woken is looked at in the next step.
         if not waiting.in_flight and waiting not in scheduler.cache.index.woken:
-            slot = bool(scheduler._free_slots) or any(s.slot >= 0 for s in behind)
+            slot = bool(scheduler._free_slots or behind)
             fits = scheduler.cache.fits(waiting.table, waiting.tokens, ahead, [s.table for s in behind])
             assert not (slot and fits), f"{waiting.request_id} could run"
         if not scheduler.order.passes:

@@ -93,7 +93,7 @@ def test_a_copy_that_fails_once_costs_computation(order: str, preempt: str) -> N
     assert next(failures, None) is None, "it has failed"
 
 
-STATES = ["queued", "prefill", "decode", "partly preempted", "swapped out", "loading"]
+STATES = ["queued", "prefill", "decode", "preempted", "swapped out", "loading"]
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -114,12 +114,9 @@ def test_cancelled_in_any_state_it_leaves_nothing(order: str, preempt: str, stat
             engine.step()
         (sequence,) = scheduler.running
         assert (sequence.num_output > 0) == (state != "prefill")
-        if state == "partly preempted":
-            scheduler._preempt(sequence, sequence, 2)
-            assert sequence.table.blocks
-        elif state == "swapped out":
-            scheduler._swaps = lambda decision: True
-            scheduler._preempt(sequence, sequence, 1000)
+        if state in ("preempted", "swapped out"):
+            scheduler._swaps = lambda decision: state == "swapped out"
+            scheduler._preempt(sequence, sequence)
             assert not sequence.table.blocks
     engine.abort("x")
     finish(engine)

@@ -605,6 +605,7 @@ class Scheduler:
             else:
                 del self._passed[sequence]
             self.cache.release(sequence.table)
+            self._look = True  # it may have kept others waiting
         else:
             # The KV of the newest token was never computed, or is past the end.
             known = min(sequence.num_computed, len(sequence.tokens))

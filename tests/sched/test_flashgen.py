@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import Arrival, events_of, make_engine, play, request, workload
@@ -65,6 +66,17 @@ def test_in_order_of_arrival_alone_nobody_passes() -> None:
         engine.add(request(name, tokens(length), answer))
     finish(engine)
     assert story(engine, "promoted", "preempted", "finished") == ["finished first", "finished head", "finished small"]
+
+
+@pytest.mark.parametrize("order", ["fcfs", "flashgen"])
+def test_when_the_head_is_cancelled_the_next_one_starts_at_once(order: str) -> None:
+    engine = make_engine(blocks=16, block_size=4, budget=64, order=order)
+    for name, length, answer in (("first", 36, 20), ("head", 56, 2), ("small", 8, 4)):
+        engine.add(request(name, tokens(length), answer))
+    engine.step()
+    engine.abort("head")
+    engine.step()
+    assert [s.request_id for s in engine.scheduler.running] == ["first", "small"]
 
 
 def test_only_as_many_as_needed_yield_and_the_youngest_first() -> None:

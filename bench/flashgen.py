@@ -7,7 +7,6 @@ whose every number has its source. `--short` takes under a minute and gives the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,29 +24,31 @@ from jserve.errors import JserveError
 from jserve.simulation.arms import ABLATIONS, ARMS
 
 CLIENTS = {
-    "opt-13b": (20, 30, 40, 50, 60, 70, 80, 90, 100),
-    "opt-30b": (20, 30, 40, 50, 60, 70, 80, 90, 100),
-    "llama-2-13b": (20, 30, 40, 50, 60, 70, 80, 90, 100),
-    "llama-2-70b": (10, 20, 30, 40, 50, 60, 70),
+    "opt-13b": (40, 50, 60, 70, 80),
+    "opt-30b": (40, 50, 60, 70, 80),
+    "llama-2-13b": (40, 50, 60, 70, 80),
+    "llama-2-70b": (10, 20, 30, 40),
 }
-SHORT_CLIENTS: dict[str, dict[str, tuple[int, ...]]] = {
+SHORT_CLIENTS = {
     "vllm": {
-        "opt-13b": (40, 55, 70),
-        "opt-30b": (40, 50, 60, 80),
-        "llama-2-13b": (40, 55, 70),
+        "opt-13b": (40, 50, 60),
+        "opt-30b": (40, 50, 60),
+        "llama-2-13b": (40, 50, 60),
         "llama-2-70b": (10, 20, 30),
     },
-    "flashgen": {"opt-13b": (60, 80), "opt-30b": (60, 80), "llama-2-13b": (60, 80), "llama-2-70b": (30, 40, 50)},
-    "jserve": {
-        "opt-13b": (60, 80, 90),
-        "opt-30b": (50, 60, 80),
-        "llama-2-13b": (60, 80, 90),
-        "llama-2-70b": (30, 40, 50),
+    "flashgen": {
+        "opt-13b": (60, 70, 80),
+        "opt-30b": (60, 70, 80),
+        "llama-2-13b": (60, 70, 80),
+        "llama-2-70b": (30, 40),
     },
+    "jserve": {"opt-13b": (60, 70, 80), "opt-30b": (50, 60, 80), "llama-2-13b": (60, 70, 80), "llama-2-70b": (30, 40)},
 }
+"""Around the bound."""
+ABLATION_CLIENTS = {"opt-13b": (60, 80), "opt-30b": (60, 80), "llama-2-13b": (60, 80), "llama-2-70b": (30, 40)}
 HOST_GB = (168.0, 224.0, 280.0)
 LONG = (16384, 24576, 32768)
-TIER_CLIENTS = (20, 40, 60, 80, 100, 120)
+TIER_CLIENTS = (20, 60, 100, 140)
 DETAIL, DETAIL_CLIENTS = "opt-30b", 60
 """The model and load of the figures about one point."""
 
@@ -67,13 +68,14 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
         "opt-30b",
         "jserve",
         60,
-        calls=400 if args.short else args.calls,
-        warm_up_turns=5 if args.short else 10,
+        calls=args.calls,
+        warm_up_turns=10,
         seed=args.seed,
         block_tokens=args.block_size,
     )
-    plan = _short_plan(base, args.models) if args.short else _plan(base, args.models)
-    points = list(run_all(plan, args.jobs, RichProgress()).values())
+    plan = _short_plan(base, args.models)
+    plan += [] if args.short else _plan(base, args.models)
+    points = list(run_all(plan, args.jobs, RichProgress(), args.points).values())
     curves = _curves(points, base)
     metrics = _metrics(curves)
     _print(console, curves, metrics)
@@ -81,11 +83,8 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
     if args.figures is not None:
         from bench.flashgen_figures import draw_all
 
-        document = figures_document(points, base)
-        for path in draw_all(document["points"], args.figures):
+        for path in draw_all(points, args.figures):
             report.note(console, f"drawn {path}")
-    if args.points is not None:
-        args.points.write_text(json.dumps(figures_document(points, base), indent=1) + "\n")
     report.emit(report.Result("flashgen", metrics, config | {"points": len(points)}, args.seed), args)
     return 0
 
@@ -95,7 +94,7 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
 
 def _plan(base: Run, models: Sequence[str]) -> list[Run]:
     runs = [run for m in models for a in ARMS for run in with_clients(_of(base, m, a), CLIENTS[m])]
-    runs += [run for m in models for a in ABLATIONS for run in with_clients(_of(base, m, a), CLIENTS[m][2:])]
+    runs += [run for m in models for a in ABLATIONS for run in with_clients(_of(base, m, a), ABLATION_CLIENTS[m])]
     if DETAIL in models:
         runs += [
             _of(base, DETAIL, a, clients=DETAIL_CLIENTS, host_gb=gb) for a in ("flashgen", "jserve") for gb in HOST_GB
@@ -103,7 +102,7 @@ def _plan(base: Run, models: Sequence[str]) -> list[Run]:
         runs += [_long(base, a, longest) for a in ("vllm", "flashgen-sched", "jserve") for longest in LONG]
         runs += [
             run
-            for work in ("humaneval", "alpaca")
+            for work in ("humaneval",)
             for run in with_clients(_of(base, DETAIL, "flashgen", work=work), TIER_CLIENTS)
         ]
     return runs
@@ -227,23 +226,6 @@ def _print(console: Console, curves: Curves, metrics: Mapping[str, float]) -> No
     console.print(report.table("metrics (simulated)", ["", ""], [[k, v] for k, v in metrics.items()]))
 
 
-def figures_document(points: Sequence[Point], base: Run) -> dict[str, Any]:
-    """All points as plain data, from which the figures are drawn."""
-    return {
-        "base": {"host_gb": base.host_gb, "model": DETAIL, "clients": DETAIL_CLIENTS},
-        "points": [
-            point.as_dict()
-            | {
-                "tpot_percentiles_s": [float(f"{t:.4g}") for t in point.tpot_s],
-                "utilisation": [[float(f"{x:.4g}") for x in row] for row in point.utilisation]
-                if point.run.model == DETAIL and point.run.clients == 100
-                else [],
-            }
-            for point in points
-        ],
-    }
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.flashgen", description=__doc__.splitlines()[0] if __doc__ else ""
@@ -258,7 +240,9 @@ def _arguments() -> argparse.Namespace:
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (one a core)"
     )
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures there (needs matplotlib)")
-    parser.add_argument("--points", type=Path, metavar="FILE", help="write every point as JSON")
+    parser.add_argument(
+        "--points", type=Path, metavar="FILE", help="keep every point there, and take from there what it holds"
+    )
     report.add_arguments(parser)
     return parser.parse_args()
 

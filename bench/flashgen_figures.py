@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import flashgen_published as published
+from bench.flashgen_runs import Point, read_points
 from jserve.simulation.arms import ARMS
 from jserve.simulation.plots import new_figure
 
@@ -17,8 +17,11 @@ Points = Sequence[dict[str, Any]]
 DETAIL, HOST_GB = "opt-30b", 224.0
 
 
-def draw_all(points: Points, directory: Path) -> list[Path]:
+def draw_all(simulated: Sequence[Point], directory: Path) -> list[Path]:
     """Every figure whose points are there."""
+    points = [
+        point.as_dict() | {"tpot_percentiles_s": point.tpot_s, "utilisation": point.utilisation} for point in simulated
+    ]
     directory.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Callable[[Points], Any]] = {
         "latency": _latency,
@@ -50,7 +53,7 @@ def _shared(points: Points, model: str, arm: str) -> list[dict[str, Any]]:
 
 def _latency(points: Points) -> Any:
     """Figure 9: normalised latency against throughput."""
-    models = list(dict.fromkeys(p["model"] for p in points))
+    models = sorted({p["model"] for p in points})
     figure, (row,) = new_figure(1, len(models), (4.2 * len(models), 3.8))
     for axis, model in zip(row, models, strict=True):
         for arm in ARMS:
@@ -131,7 +134,8 @@ def _tiers(points: Points) -> Any:
 
 def _utilisation(points: Points) -> Any:
     """Figures 7 and 18: KV memory over time, memory being short."""
-    shown = {p["arm"]: p for p in points if p["utilisation"] and p["arm"] in ("vllm", "flashgen", "jserve")}
+    busiest = {arm: _shared(points, DETAIL, arm)[-1:] for arm in ("vllm", "flashgen", "jserve")}
+    shown = {arm: found[0] for arm, found in busiest.items() if found}
     if not shown:
         return None
     figure, (row,) = new_figure(1, len(shown), (4.2 * len(shown), 3.2))
@@ -184,7 +188,7 @@ def main() -> int:
     parser.add_argument("points", type=Path, help="what bench.flashgen --points has written")
     parser.add_argument("directory", type=Path, help="where to draw")
     args = parser.parse_args()
-    for path in draw_all(json.loads(args.points.read_text())["points"], args.directory):
+    for path in draw_all(read_points(args.points), args.directory):
         print(path)
     return 0
 

@@ -5,10 +5,12 @@ Every point is one simulation, a pure function of its description, so that point
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from bench.workloads import lengths
@@ -79,7 +81,7 @@ def sizes(block_tokens: int, host_gb: float) -> CacheConfig:
 
 def described(run: Run) -> System:
     """The machine under the run's policies."""
-    limits = SchedConfig(max_running=MAX_RUNNING, token_budget=TOKEN_BUDGET, max_waiting=100_000)
+    limits = SchedConfig(max_running=MAX_RUNNING, token_budget=TOKEN_BUDGET, max_waiting=100_000, admission="queue")
     caching, scheduling = arm(run.arm).policies(sizes(run.block_tokens, run.host_gb), limits)
     return system(
         hardware(GPU),
@@ -132,23 +134,41 @@ def _utilisation_when_short(done: Simulated) -> float:
     return sum(s.held * s.span_s for s in short) / spans if spans else kv_utilisation(done)
 
 
-def run_all(runs: Iterable[Run], jobs: int, progress: Progress) -> dict[Run, Point]:
-    """Every point, each once. Whatever the number of processes, the same numbers."""
-    todo = list(dict.fromkeys(runs))
-    points: dict[Run, Point] = {}
+def run_all(runs: Iterable[Run], jobs: int, progress: Progress, file: Path | None = None) -> dict[Run, Point]:
+    """Every point, each once. Whatever the number of processes, the same numbers.
+
+    `file`: gets every point as it ends, a line of JSON each; what it holds already is not simulated again.
+    """
+    points = {point.run: point for point in read_points(file)} if file is not None and file.exists() else {}
+    todo = [run for run in dict.fromkeys(runs) if run not in points]
+
+    def keep(point: Point) -> None:
+        points[point.run] = point
+        task.advance()
+        if file is not None:
+            with file.open("a") as lines:
+                lines.write(json.dumps(asdict(point)) + "\n")
+
     with progress.track("simulations", len(todo)) as task:
         if jobs == 1:
             for run in todo:
-                points[run] = simulated(run)
-                task.advance()
+                keep(simulated(run))
             return points
         with ProcessPoolExecutor(jobs) as pool:
-            # The longest first: nobody waits for one that was started last.
-            tickets = {pool.submit(simulated, run): run for run in sorted(todo, key=lambda run: -run.clients)}
-            for ended in as_completed(tickets):
-                points[tickets[ended]] = ended.result()
-                task.advance()
+            for ended in as_completed([pool.submit(simulated, run) for run in todo]):
+                keep(ended.result())
     return points
+
+
+def read_points(file: Path) -> list[Point]:
+    """What `run_all` has written."""
+    said = [json.loads(line) for line in file.read_text().splitlines()]
+    return [
+        Point(
+            Run(**point["run"]), point["numbers"], tuple(point["tpot_s"]), tuple(tuple(r) for r in point["utilisation"])
+        )
+        for point in said
+    ]
 
 
 def throughput_at(points: Sequence[Point], bound_s: float = BOUND_S) -> float:

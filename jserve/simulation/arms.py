@@ -10,7 +10,7 @@
 | `jserve` | prefix cache | the same | what a cost model says, up to a split point | the same |
 
 What is preempted is computed again, or read back as far as the host happens to have it; `jserve` may also copy out the
-rest, if that is quicker.
+rest, if that is quicker, and takes prompts in chunks that adapt to the latency targets.
 CachedAttention keeps and evicts whole sessions; here it may keep their heads, which can only help it. `ablations` are
 the `jserve` arm with one of its own choices taken back to FlashGen's.
 """
@@ -65,7 +65,7 @@ def _flashgen(cache: CacheConfig, sched: SchedConfig) -> Policies:
 
 
 def _jserve(cache: CacheConfig, sched: SchedConfig) -> Policies:
-    return replace(cache, restore="cost"), replace(sched, order="flashgen", preempt="auto")
+    return replace(cache, restore="cost"), replace(sched, order="flashgen", preempt="auto", chunk="adaptive")
 
 
 ARMS = {
@@ -96,6 +96,11 @@ def _recompute(cache: CacheConfig, sched: SchedConfig) -> Policies:
     return cache, replace(sched, preempt="recompute")
 
 
+def _static_chunks(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    cache, sched = _jserve(cache, sched)
+    return cache, replace(sched, chunk="static")
+
+
 def _without_reordering(cache: CacheConfig, sched: SchedConfig) -> Policies:
     cache, sched = _jserve(cache, sched)
     return cache, replace(sched, order="fcfs")
@@ -107,6 +112,7 @@ ABLATIONS = {
         Arm("jserve, restore=flashgen", "the disk only if another request waits", True, _without_cost_model),
         Arm("jserve, restore=always", "whatever any tier has, never a split", True, _always),
         Arm("jserve, preempt=recompute", "never copied out to be copied back", True, _recompute),
+        Arm("jserve, chunk=static", "chunks of prompts up to the token budget, always", True, _static_chunks),
         Arm("jserve, order=fcfs", "nobody passes one that does not fit", True, _without_reordering),
     )
 }

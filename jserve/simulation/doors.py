@@ -95,11 +95,11 @@ class TimedExecutor:
     """Takes as long as the cost model says, and samples tokens that mean nothing."""
 
     compiles_after_warmup = 0
-    shares_cores = False
 
-    def __init__(self, clock: TimedClock, step_time: StepTime, host_s: float = 0.0) -> None:
+    def __init__(self, clock: TimedClock, step_time: StepTime, host_s: float = 0.0, shares_cores: bool = False) -> None:
         """`host_s`: what the engine's own Python takes a step, where it is not hidden."""
         self._clock, self._step_time, self._host_s = clock, step_time, host_s
+        self.shares_cores = shares_cores
         self._busy_until_s = 0.0
         self.last_s = 0.0
         """What the newest plan takes."""

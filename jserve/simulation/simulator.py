@@ -47,6 +47,8 @@ class System:
     token_budget: int = 2048
     host_s: float = 0.0
     """What the engine's Python adds to each step."""
+    shares_cores: bool = False
+    """As `Executor.shares_cores`."""
 
     @property
     def kv_bytes_per_token(self) -> float:
@@ -97,7 +99,7 @@ def build(described: System) -> tuple[Engine, TimedExecutor]:
     """The production engine over timed doors."""
     clock = TimedClock()
     config = described.config
-    executor = TimedExecutor(clock, StepTime(described.cost), described.host_s)
+    executor = TimedExecutor(clock, StepTime(described.cost), described.host_s, described.shares_cores)
     info = EngineInfo(
         model=described.model,
         fingerprint="simulated",

@@ -10,7 +10,7 @@ import pytest
 
 from bench import flashgen, flashgen_published
 from bench.flashgen_figures import draw_all
-from bench.flashgen_runs import MODELS, Point, Run, described, run_all, simulated, throughput_at
+from bench.flashgen_runs import MODELS, Point, Run, described, read_points, run_all, simulated, throughput_at
 from jserve.progress import SilentProgress
 from jserve.simulation.arms import ABLATIONS, ARMS
 
@@ -63,10 +63,13 @@ def test_an_ablation_changes_one_setting_of_the_jserve_arm() -> None:
         assert len(changed) == 1, name
 
 
-def test_a_point_is_the_same_every_time_and_in_another_process() -> None:
+def test_a_point_is_the_same_every_time_and_in_another_process(tmp_path: Path) -> None:
     once = simulated(SMALL)
     assert once == simulated(SMALL)
-    assert run_all([SMALL, replace(SMALL, clients=4)], 2, SilentProgress())[SMALL] == once
+    kept = tmp_path / "points.jsonl"
+    assert run_all([SMALL, replace(SMALL, clients=4)], 2, SilentProgress(), kept)[SMALL] == once
+    assert {point.run.clients for point in read_points(kept)} == {4, 8}
+    assert run_all([SMALL], 1, SilentProgress(), kept)[SMALL] == once
     assert once.numbers["calls"] >= 40
     assert once.numbers["refused"] == 0
 
@@ -86,7 +89,7 @@ def test_short_covers_every_metric_and_the_full_run_every_figure(tmp_path: Path)
     assert {(run.model, run.arm) for run in short} == {(m, a) for m in MODELS for a in ("vllm", "flashgen", "jserve")}
     full = flashgen._plan(SMALL, list(MODELS))
     made = [fake(run) for run in full]
-    names = {path.name for path in draw_all(flashgen.figures_document(made, SMALL)["points"], tmp_path)}
+    names = {path.name for path in draw_all(made, tmp_path)}
     assert names == {
         f"flashgen-{name}.png"
         for name in ("latency", "ttft", "tpot", "tiers", "utilisation", "host_size", "long_context")

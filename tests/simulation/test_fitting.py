@@ -1,0 +1,73 @@
+"""Costs that are fitted to a run predict other runs: shown in a world whose costs are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bench.sim_error import COMPARED, Round, chats
+from jserve.cache.cost import DecodeCost, PrefillCost
+from jserve.config import RunnerConfig
+from jserve.engine import Engine
+from jserve.errors import ConfigError
+from jserve.simulation.doors import VOCAB_SIZE, TimedClock
+from jserve.simulation.fitting import RecordingExecutor, StepSample, fit_steps
+from jserve.simulation.playing import play
+from jserve.simulation.profiles import hardware, model_shape
+from jserve.simulation.simulator import System, build, simulate, system
+from jserve.simulation.summary import summarise
+from jserve.simulation.workload import Users
+
+TRUTH = PrefillCost(4e-3, 1.5e-3, 1e-7), DecodeCost(20e-3, 1e-3, 2e-6)
+
+
+def machine() -> System:
+    """As small and slow as a laptop, running steps ahead as the real engine does."""
+    described = system(hardware("cpu"), model_shape("smollm2-135m"), max_model_len=2048, bytes_per_number=4)
+    prefill, decode = (replace(cost) for cost in TRUTH)
+    config = replace(described.config, runner=RunnerConfig(overlap=True))
+    cost = replace(described.cost, prefill=prefill, decode=decode)
+    return replace(described, cost=cost, config=config, device_blocks=500, token_budget=256, shares_cores=True)
+
+
+def recorded(of: System, seed: int) -> list[StepSample]:
+    """The steps of an engine that stands in for the real one."""
+    engine, executor = build(of)
+    recorder = RecordingExecutor(executor, engine.clock)
+    engine.executor = recorder
+    work = chats(12, 4, seed)
+    users = Users(work, VOCAB_SIZE)
+    assert isinstance(engine, Engine)
+    assert isinstance(engine.clock, TimedClock)
+    engine.clock.alarms.append(lambda: users.next_s)
+    play(engine, work, users=users)
+    return recorder.samples
+
+
+def test_what_is_fitted_to_one_run_predicts_another() -> None:
+    of = machine()
+    prefill, decode = fit_steps(recorded(of, seed=1))
+    fitted = replace(of, cost=replace(of.cost, prefill=prefill, decode=decode))
+    other = chats(12, 4, seed=2)
+    real, said = (summarise(simulate(world, other, most_steps=1).played) for world in (of, fitted))
+    done = Round(prefill, decode, real, said)
+    assert {metric: round(done.error(name), 2) for metric, name in COMPARED.items()} == dict.fromkeys(COMPARED, 0.0)
+
+
+def test_disturbed_steps_do_not_move_the_fit() -> None:
+    samples = recorded(machine(), seed=1)
+    noisy = [replace(s, seconds=8 * s.seconds) if i % 11 == 0 else s for i, s in enumerate(samples)]
+    (_, calm), (_, disturbed) = fit_steps(samples), fit_steps(noisy)
+    assert disturbed.seconds(4, 1000) == pytest.approx(calm.seconds(4, 1000), rel=0.02)
+
+
+def test_too_little_work_is_told() -> None:
+    with pytest.raises(ConfigError, match="too few to fit"):
+        fit_steps([StepSample(1, 10, 1, 0.0, 0.01)] * 20)
+
+
+def test_the_work_is_drawn_by_the_seed_and_shares_nothing() -> None:
+    assert chats(5, 2, 1) == chats(5, 2, 1)
+    contents = [s.content for c in chats(5, 2, 1).sessions for turn in c.turns for s in turn.prompt]
+    assert len(set(contents)) == len(contents)

@@ -76,7 +76,7 @@ class HostSlots(Protocol):
         """The slot shall hold what has been put into the buffer."""
 
     def abandon(self, slot: int) -> None:
-        """Somebody may use the slot's source or buffer for ever: it is theirs, and the slot gets other memory."""
+        """Somebody may use the slot's source or buffer for ever: it is theirs; the slot keeps its block elsewhere."""
 
     def close(self) -> None:
         """Wait until nothing is under way."""
@@ -170,7 +170,9 @@ class SharedSlots:
         assert self._memory[slot] is buffer, "the disk reads straight into the slot"
 
     def abandon(self, slot: int) -> None:
-        self._give(slot, next(self._slab(1)))
+        memory = next(self._slab(1))
+        memory[:] = self._at(slot)  # what is written to disk stays here too
+        self._give(slot, memory)
 
     def close(self) -> None:
         _wait_for(self._copies, self._memory)

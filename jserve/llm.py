@@ -251,7 +251,9 @@ class _EngineThread:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._open: dict[str, Deliver] = {}
+        self._open: dict[str, Deliver | None] = {}
+        """By request, who gets its outputs; None once it is aborted: until its last one comes its name is taken."""
+        self._opening = threading.Lock()
         self._asked: dict[int, Future[Any]] = {}
         self._tickets = itertools.count()
         self.cache_history = CacheHistory()
@@ -268,8 +270,11 @@ class _EngineThread:
         self._release_if_ended()
 
     def abort(self, request_id: str) -> None:
-        if self._open.pop(request_id, None) is not None:
-            self._commands.put(Abort(request_id))
+        with self._opening:
+            if self._open.get(request_id) is None:
+                return
+            self._open[request_id] = None
+        self._commands.put(Abort(request_id))
 
     def stats(self) -> dict[str, float]:
         told: dict[str, float] = self._ask(AskStats)
@@ -311,7 +316,10 @@ class _EngineThread:
             case Outputs(outputs):
                 for output in outputs:
                     ended = output.finish_reason is not None
-                    deliver = self._open.pop(output.request_id, None) if ended else self._open.get(output.request_id)
+                    with self._opening:
+                        deliver = (
+                            self._open.pop(output.request_id, None) if ended else self._open.get(output.request_id)
+                        )
                     if deliver is not None:
                         deliver(output)
                 if self.cache_history.is_due:

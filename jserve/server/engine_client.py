@@ -53,7 +53,8 @@ class EngineClient:
     def __init__(self, process: asyncio.subprocess.Process, pipes: _Pipes) -> None:
         self._process = process
         self._pipes = pipes
-        self._open: dict[str, Deliver] = {}
+        self._open: dict[str, Deliver | None] = {}
+        """By request, who gets its outputs; None once it is aborted: until its last one comes its name is taken."""
         self._asked: dict[int, asyncio.Future[Any]] = {}
         """By ticket, what the engine is to tell."""
         self._tickets = itertools.count()
@@ -109,7 +110,8 @@ class EngineClient:
         self._tell(Add(request))
 
     def abort(self, request_id: str) -> None:
-        if self._open.pop(request_id, None) is not None:
+        if self._open.get(request_id) is not None:
+            self._open[request_id] = None
             self._tell(Abort(request_id))
 
     # --- the rest ---------------------------------------------------------------------------------------------------
@@ -140,7 +142,8 @@ class EngineClient:
         """End every request with an error: here for their callers, there for the engine."""
         for request_id, deliver in list(self._open.items()):
             self.abort(request_id)
-            deliver(failure(request_id, error))
+            if deliver is not None:
+                deliver(failure(request_id, error))
 
     async def stop(self, patience_s: float = 5.0) -> None:
         """End the process: in order if it is loaded and takes no longer than `patience_s`, else by force."""
@@ -179,11 +182,10 @@ class EngineClient:
         match event:
             case Outputs(outputs):
                 for output in outputs:
-                    if (deliver := self._open.get(output.request_id)) is None:
-                        continue  # aborted meanwhile
-                    if output.finish_reason is not None:
-                        del self._open[output.request_id]
-                    deliver(output)
+                    ended = output.finish_reason is not None
+                    deliver = self._open.pop(output.request_id, None) if ended else self._open.get(output.request_id)
+                    if deliver is not None:
+                        deliver(output)
             case TellStats(ticket, stats):
                 self._answer(ticket, stats)
             case TellHistory(ticket, history, problem):
@@ -228,7 +230,8 @@ class EngineClient:
                 future.set_exception(error)
         open_, self._open = self._open, {}
         for request_id, deliver in open_.items():
-            deliver(failure(request_id, error if isinstance(error, Unavailable) else Unavailable(str(error))))
+            if deliver is not None:
+                deliver(failure(request_id, error if isinstance(error, Unavailable) else Unavailable(str(error))))
 
 
 class _Pipes:

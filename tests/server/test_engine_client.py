@@ -78,6 +78,24 @@ def test_a_defect_in_the_front_end_ends_every_stream_and_the_engine() -> None:
     with_engine(work)
 
 
+def test_the_name_of_an_aborted_request_is_taken_until_its_last_output_has_come() -> None:
+    """Else that would be the first one of the next request of this name."""
+
+    async def work(client: EngineClient) -> None:
+        old: list[EngineOutput] = []
+        client.add(request("again"), old.append)
+        client.abort("again")
+        assert client.is_open("again")
+        while client.is_open("again"):
+            await asyncio.sleep(0.01)
+        outputs: asyncio.Queue[EngineOutput] = asyncio.Queue()
+        client.add(request("again"), outputs.put_nowait)
+        assert (await outputs.get()).finish_reason is None
+        assert old == []
+
+    with_engine(work)
+
+
 async def _is_served(client: EngineClient) -> None:
     assert (await client.stats())["running"] == 0
 

@@ -298,13 +298,12 @@ class Scheduler:
         if any(sequence.stop_token_ids or not sequence.num_output for sequence in sequences):
             return  # one might end at any token, or has its first one still to tell
         # The plan's own step is counted in: num_computed is one ahead of what was computed before it.
-        steps = min(max_steps, min(s.max_tokens_total - s.num_computed for s in sequences))
-        while steps > 1 and self._blocks_missing(sequences, steps - 1) > self.cache.pool.num_free:
-            steps -= 1
-        more = steps - 1
+        most = min(max_steps, min(s.max_tokens_total - s.num_computed for s in sequences)) - 1
+        free = self.cache.pool.num_free
+        more = bisect_right(range(1, most + 1), free, key=lambda more: self._blocks_missing(sequences, more))
         if more < 1:
             return
-        plan.steps = steps
+        plan.steps = 1 + more
         for sequence in sequences:
             sequence.num_computed += more
             sequence.in_flight += more

@@ -29,7 +29,7 @@ CLIENTS = {
     "llama-2-13b": (40, 50, 60, 70, 80),
     "llama-2-70b": (10, 20, 30, 40),
 }
-SHORT_CLIENTS = {
+SHORT_CLIENTS: dict[str, dict[str, tuple[int, ...]]] = {
     "vllm": {
         "opt-13b": (40, 50, 60),
         "opt-30b": (40, 50, 60),
@@ -154,7 +154,8 @@ def _metrics(curves: Curves) -> dict[str, float]:
         vllm, ours = (_at(curves[DETAIL, a], clients) for a in ("vllm", "jserve"))
         metrics["opt30b_p95_ttft_ratio"] = vllm["ttft_p95_s"] / ours["ttft_p95_s"]
         metrics["opt30b_p95_ttft_clients"] = clients
-        vllm, ours = (curves[DETAIL, a][-1].numbers for a in ("vllm", "jserve"))
+        busiest = max(_shared_clients(curves))
+        vllm, ours = (_at(curves[DETAIL, a], busiest) for a in ("vllm", "jserve"))
         metrics["opt30b_kv_utilisation"] = ours["kv_utilisation_when_short"]
         metrics["opt30b_batch_ratio"] = ours["mean_batch"] / vllm["mean_batch"]
     return metrics
@@ -163,9 +164,14 @@ def _metrics(curves: Curves) -> dict[str, float]:
 def matched_clients(curves: Curves) -> int:
     """The load of figure 11: where the vLLM arm's P95 TTFT is nearest to the published one's."""
     wanted_s = published.TTFT_P95_S[DETAIL]["vllm"]
-    both = {p.run.clients for p in curves[DETAIL, "jserve"]}
-    shared = [p for p in curves[DETAIL, "vllm"] if p.run.clients in both]
+    shared = [p for p in curves[DETAIL, "vllm"] if p.run.clients in _shared_clients(curves)]
     return min(shared, key=lambda p: abs(p.numbers["ttft_p95_s"] - wanted_s)).run.clients
+
+
+def _shared_clients(curves: Curves) -> set[int]:
+    """The loads under which both arms have run."""
+    ours, theirs = ({p.run.clients for p in curves[DETAIL, a]} for a in ("jserve", "vllm"))
+    return ours & theirs
 
 
 def _at(curve: Sequence[Point], clients: int) -> Mapping[str, float]:

@@ -120,7 +120,7 @@ class SchedConfig:
     """Requests that may run at once: rows of a decode batch."""
     token_budget: int | None = None
     """Tokens of one step: decodes first, then prefill chunks. Bounds how long a prompt delays the others' tokens.
-    None is 256 on CPU, else 2048."""
+    None is 256 on CPU, else 2048, or twice max_running if that is more."""
     max_waiting: int = 1024
     """Requests that may wait; one more is refused with RESOURCE_EXHAUSTED."""
     max_waiting_tokens: int | None = None

@@ -97,7 +97,10 @@ class Runner:
         self._block_size = config.cache.block_size or (8 if platform == "cpu" else 16)
         check_supported(self._backend, head_dim=spec.head_dim, dtype=self._leaves[0].dtype, block_size=self._block_size)
         progress.note(f"attention backend: {self._backend}" + _SLOW.get((platform, self._backend), ""))
-        token_budget = config.sched.token_budget or max(config.sched.max_running, 256 if platform == "cpu" else 2048)
+        # Decodes take one token each: prompts have at least as much of a step.
+        token_budget = config.sched.token_budget or max(
+            2 * config.sched.max_running, 256 if platform == "cpu" else 2048
+        )
         self._token_buckets = _token_buckets(config.runner.token_buckets, token_budget)
         self._row_buckets = buckets_up_to(config.sched.max_running, ROW_BUCKETS)
         self._compiles = CompileCounter()

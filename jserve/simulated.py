@@ -100,6 +100,7 @@ class SimulatedExecutor:
         self.kv = []
 
     def launch(self, plan: StepPlan) -> SimulatedStep:
+        assert all(sequence.slot >= 0 for sequence in plan.admitted), "it would take another's place in the batch"
         sampled: list[list[int]] = [[] for row in plan.rows if row.samples]
         for step in range(plan.steps):
             self._run(plan.rows, step, sampled)

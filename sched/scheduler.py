@@ -274,6 +274,8 @@ class Scheduler:
             plan.add(chunk)
             if chunk.samples:
                 self._start_decoding(chunk.sequence)
+        # One that was loaded a moment ago may have yielded to one before it since.
+        plan.admitted = [*dict.fromkeys(sequence for sequence in plan.admitted if sequence.slot >= 0)]
         if not plan.rows:
             return None
         if max_steps > 1 and not chunks.rows:
@@ -403,7 +405,7 @@ class Scheduler:
                     continue  # those behind it have no more room than it has
                 break
             self._plan_prefills(chunks, sequence.rank)
-            if chunks.left <= 0:
+            if chunks.left <= 0 and self._free_slots:  # without a slot, one behind it gives its own, and its token
                 self._look = True
                 break
             self._queue.remove(sequence)
@@ -468,7 +470,8 @@ class Scheduler:
             self._tell(EventKind.LOADING, sequence)
         else:
             self._start(plan, sequence, admission.num_cached)
-            self._plan_chunk(chunks, sequence)
+            if chunks.left > 0:
+                self._plan_chunk(chunks, sequence)
         return True
 
     def _victims(self, sequence: Sequence, spare: int) -> list[Sequence] | None:
@@ -530,15 +533,17 @@ class Scheduler:
         blocks = len(victim.table.blocks)
         decision = self.cache.swap_or_recompute(victim.table, victim.num_computed)
         swapped = victim.phase is Phase.RUNNING and self._swaps(decision)
+        detail = f"recompute, {blocks} blocks given back"
         if swapped:
-            self.cache.swap_out(victim.table)
+            kept = self.cache.swap_out(victim.table)
+            detail = f"swap, {blocks} blocks given back, {kept} of them kept on the host"
+            swapped = kept > 0
         else:
             self.cache.release(victim.table)
         self._leave_batch(victim)
         victim.phase = Phase.WAITING
         self.stats.preemptions += 1
         self.stats.swaps += swapped
-        detail = f"{'swap' if swapped else 'recompute'}, {blocks} blocks given back"
         if victim is by:
             self._tell(EventKind.PREEMPTED, victim, detail=f"{detail}: none is left for its next token")
         else:

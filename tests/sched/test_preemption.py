@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -137,3 +138,33 @@ def test_preempted_anywhere_a_request_says_the_same(world: dict, tiered: bool, s
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.held_blocks) == (0, 0, 0)
     assert sorted(engine.scheduler._free_slots) == list(range(world["max_running"]))
+
+
+def test_one_that_was_loaded_and_yields_in_the_same_step_is_not_set_up() -> None:
+    load_s = [0.0]
+    copy_s: Callable[[str, int], float] = lambda kind, blocks: load_s[0] if kind == "load" else 0.0  # noqa: E731
+    engine = make_tiered_engine(blocks=24, max_running=4, budget=64, overlap=True, copy_s=copy_s, wait_limit_s=5.0)
+    conversation = list(range(24))
+    for name, prompt, answer in (("warm", conversation, 1), ("flood", [60 - i % 50 for i in range(90)], 2)):
+        engine.add(request(name, prompt, answer))
+        run(engine)
+    load_s[0] = 0.02
+    for name, prompt, answer in (*((n, [70], 2) for n in "XYZ"), ("A", [71], 60)):
+        engine.add(request(name, prompt, answer))
+    run(engine, until=8)
+    engine.add(request("C", [72] * 40, 2))
+    run(engine, until=1)
+    engine.add(request("H", [73] * 60, 3))
+    engine.add(request("S", [*conversation, 1], 5))
+    run(engine)  # the executor asserts that whom it sets up has a place in the batch
+    assert {"loaded S", "preempted S"} <= {f"{e.kind} {e.request_id}" for e in events_of(engine)}
+
+
+def test_later_decodes_that_fill_a_step_do_not_hold_up_an_earlier_prompt() -> None:
+    engine = make_engine(blocks=64, max_running=4, budget=4, order="priority")
+    for i in range(4):
+        engine.add(request(f"later{i}", [i], 60))
+    run(engine, until=6)
+    engine.add(request("H", [9, 9, 9], 3, terms=Terms(priority=1)))
+    run(engine, until=6)
+    assert ("finished", "H") in [(e.kind, e.request_id) for e in events_of(engine)]

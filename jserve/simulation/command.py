@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace, progress: Progress) -> str:
     """The command: its table, or its JSON."""
     names = args.policy or ["jserve"]
     policies = [(name, described(args, name)) for name in names]
-    work = _work(args, policies[0][1].max_model_len)
+    work = _work(args, policies[0][1].max_model_len, progress)
     rows = []
     for load, loaded in _loads(args, work):
         for name, of in policies:
@@ -136,8 +137,14 @@ def calibration(path: Path) -> CostModel:
     return CostModel.from_dict({name: said[name] for name in names if name in said})
 
 
-def _work(args: argparse.Namespace, max_tokens: int) -> Workload:
+def _work(args: argparse.Namespace, max_tokens: int, progress: Progress) -> Workload:
     work = read_trace(args.trace, max_tokens)
+    everything = read_trace(args.trace, sys.maxsize).num_turns
+    if left_out := everything - work.num_turns:
+        progress.note(
+            f"{left_out} of the {everything} requests in {args.trace.name} are left out: they are longer than the "
+            f"context of {max_tokens} tokens, which --max-model-len raises"
+        )
     if args.sessions is not None:
         work = replace(work, sessions=work.sessions[: args.sessions])
     return compressed(work, args.compress) if args.compress != 1.0 else work

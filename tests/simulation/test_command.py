@@ -43,6 +43,23 @@ def test_the_table_says_that_it_is_simulated(trace: Path, capsys: pytest.Capture
     assert "2/s" in out
 
 
+def test_requests_that_no_context_holds_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = [
+        {"timestamp": 1000 * n, "input_length": length, "output_length": 8, "hash_ids": list(range(-(-length // 512)))}
+        for n, length in enumerate((100, 9000, 200))
+    ]
+    path = tmp_path / "calls.jsonl"
+    path.write_text("\n".join(map(json.dumps, calls)))
+    status, out, err = said(capsys, "simulate", path, "--model", "llama-3-8b", "--max-model-len", 4096)
+    assert status == 0
+    assert "calls.jsonl (2 requests)" in out
+    shown = " ".join(err.split())
+    assert "1 of the 3 requests in calls.jsonl are left out" in shown
+    assert "--max-model-len raises" in shown
+
+
 def test_a_picture_is_drawn(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = said(capsys, "simulate", trace, "--clients", "3", "--plot", tmp_path / "p.svg")
     assert status == 0

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from jserve.cache.cost import CostModel, LinkCost
 from jserve.cache.transfer import Completion
-from jserve.doors import StepResult
 from jserve.sched.plan import StepPlan
 from jserve.sched.sequence import Sequence as Running
+from jserve.simulated import SimulatedClock, SimulatedStep
 
 _OUTPUT = 1 << 30
 """Sampled tokens are above all contents, and of one value for each request: no two answers are the same text."""
@@ -27,19 +27,13 @@ VOCAB_SIZE = 1 << 30
 _NO_PHASE = nullcontext()
 
 
-class TimedClock:
+class TimedClock(SimulatedClock):
     """Simulated time. To wait is to go on to the next thing that happens: there is no other."""
 
     def __init__(self) -> None:
-        self._now_s = 0.0
+        super().__init__()
         self.alarms: list[Callable[[], float]] = []
         """Each tells when its next thing happens; infinite for never."""
-
-    def now(self) -> float:
-        return self._now_s
-
-    def advance_to(self, time_s: float) -> None:
-        self._now_s = max(self._now_s, time_s)
 
     def wait(self, seconds: float) -> None:
         """Until the next alarm, however far; so many seconds if there is none."""
@@ -79,18 +73,6 @@ class StepTime:
         return sum(max(floor_s, decode.seconds(sequences, context + sequences * i)) for i in range(steps))
 
 
-@dataclass(slots=True)
-class TimedStep:
-    clock: TimedClock
-    end_s: float
-    tokens: list[int]
-    pack_s: float = 0.0
-
-    def read(self) -> StepResult:
-        self.clock.advance_to(self.end_s)
-        return StepResult(self.tokens)
-
-
 class TimedExecutor:
     """Takes as long as the cost model says, and samples tokens that mean nothing."""
 
@@ -107,7 +89,7 @@ class TimedExecutor:
         """What all plans have taken."""
         self.on_launch: Callable[[StepPlan, float], None] = lambda plan, seconds: None
 
-    def launch(self, plan: StepPlan) -> TimedStep:
+    def launch(self, plan: StepPlan) -> SimulatedStep:
         seconds = self._step_time.seconds(plan) + self._host_s * plan.steps
         self.last_s = seconds
         self.busy_s += seconds
@@ -118,7 +100,7 @@ class TimedExecutor:
             if row.samples:
                 tokens += [_OUTPUT + row.sequence.rank[1]] * steps
         self.on_launch(plan, seconds)
-        return TimedStep(self._clock, self._busy_until_s, tokens)
+        return SimulatedStep(self._clock, self._busy_until_s, tokens)
 
     def phase(self, name: str) -> AbstractContextManager[object]:
         return _NO_PHASE

@@ -67,9 +67,9 @@ class CacheConfig:
     """What the KV there may take, in GiB."""
     staging_gib: float | None = None
     """Host memory that reads from disk may hold for waiting requests; None: one request of the longest length."""
-    restore: str = "flashgen"
-    """How much of a history to load rather than compute: flashgen (disk only while another request waits), cost (what
-    is measured to be faster), threshold:TOKENS, always, never."""
+    restore: str = "cost"
+    """How much of a history to load rather than compute: cost (what is measured to be quicker), flashgen (from disk
+    only while another request waits), threshold:TOKENS (the same, and only more tokens than that), always, never."""
     eviction: Eviction = "lru"
     """What leaves a full tier first: lru, fifo, or lookahead (what no waiting request needs)."""
     load_timeout_s: float = 10.0

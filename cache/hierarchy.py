@@ -2,10 +2,10 @@
 
 `TieredCache` is a `KVCache` that also decides what is copied between the tiers, and has the Transfer door do it:
 
-- write-through: a full block is copied to the host right after the step that computes it was launched, within a
-  budget, so that reclaiming a device block never needs a copy; from the host it goes to disk in the background.
-- staging: when a request arrives, it is decided how much of what only disk has of its prefix is read to the host while
-  it queues, within the staging region; the rest is asked for later, or computed again.
+- write-through (`write_through`): a full block is copied to the host right after the step that computes it was
+  launched, so that reclaiming a device block never needs a copy; from the host it goes to disk (`write_back`).
+- staging (`staging`): when a request arrives, it is decided how much of what only disk has of its prefix is read to the
+  host while it queues, within the staging region; the rest is asked for later, or computed again.
 - loading: an admitted request gets its device blocks and waits, outside of any batch, until the host's blocks have
   been copied into them; other requests' steps go on. Where a copy has its turn before the next step, it waits for none.
 - swapping: what a preempted sequence has not on the host yet is copied there before its blocks are taken, and kept.
@@ -21,22 +21,20 @@ nobody waits for any more is dropped. What cannot be read, written or found cost
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 
 from jserve.cache.block_keys import extend_keys
-from jserve.cache.cost import CostModel, LinkCost, Reach, Strategy, SwapDecision, swap_or_recompute
-from jserve.cache.disk_tier import DiskTier, Pause
+from jserve.cache.cost import CostModel, Reach, Strategy, SwapDecision, swap_or_recompute
+from jserve.cache.disk_tier import DiskTier
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import Admission, BlockTable, KVCache, Staging
-from jserve.cache.restore import ENDLESS, Load, Operation, Read, Restore, Store, Write
-from jserve.cache.tier_stats import TierStats
+from jserve.cache.restore import ENDLESS, Load, Read, Restore, Store, Write
+from jserve.cache.staging import StagingRegion
+from jserve.cache.tiers import Tiers
 from jserve.cache.transfer import Completion, Transfer
-
-STORES_IN_FLIGHT = 4
-READS_IN_FLIGHT = 16
-WRITES_IN_FLIGHT = 4
+from jserve.cache.write_back import WriteBack
+from jserve.cache.write_through import WriteThrough
 
 
 class TieredCache(KVCache):
@@ -59,27 +57,20 @@ class TieredCache(KVCache):
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         super().__init__(num_blocks, block_size)
-        self.transfer, self.host, self.disk = transfer, host, disk
-        self.cost, self.strategy = cost, strategy
-        self.staging_blocks, self.store_budget, self.wait_limit_s = staging_blocks, store_budget, wait_limit_s
+        self.tiers = Tiers(self.index, host, disk, transfer, cost, note)
+        self.host, self.disk, self.cost, self.tier_stats = host, disk, cost, self.tiers.stats
+        self.staging = StagingRegion(self.tiers, staging_blocks)
+        self.stores = WriteThrough(self.tiers, store_budget)
+        self.writes = WriteBack(self.tiers)
+        self.strategy, self.wait_limit_s = strategy, wait_limit_s
         self.device_reuse = device_reuse
         """Whether the device keeps the KV of those that have released it."""
-        self.tier_stats = TierStats()
-        self._note = note
-        self._next_ticket = 0
-        self._tickets: dict[int, Operation] = {}
-        self._unstored: deque[tuple[bytes, bytes | None, int]] = deque()  # key, parent, device block
-        self._restores: dict[Restore, None] = {}  # in order of arrival
-        self._timed: dict[Restore, None] = {}  # those that wait for a copy, or have waited
-        self._unread: dict[Restore, None] = {}  # those with blocks still to be asked for from disk
-        self._deferred: dict[Restore, None] = {}
-        self._staged = 0
+        self._timed: dict[Restore, None] = {}
+        """Those that wait for a copy, or have waited."""
         self._queued_s = 0.0
         self._running = 0
         """Requests that held blocks when the last one arrived."""
         self._queue_changed = False
-        self._torn = False
-        self._now_s = 0.0
 
     # --- arrival: what to restore -------------------------------------------------------------------------------
 
@@ -88,10 +79,10 @@ class TieredCache(KVCache):
         extend_keys(table.keys, table.root, token_ids, self.block_size)
         num_tokens = len(token_ids)
         table.restore = restore = Restore(table, num_tokens, self.cost.prefill.seconds(num_tokens))
-        self._restores[restore] = None
+        self.tiers.restores[restore] = None
         # Those ahead will keep it waiting for as long as their prompts take, at the least.
         self._decide(restore, waiting, self._queued_s)
-        self.tier_stats.deferred_requests += restore in self._deferred
+        self.tier_stats.deferred_requests += restore in self.staging.deferred
         self._queued_s += restore.prefill_s
         self._queue_changed = True
         deferred = restore.wanted - restore.split
@@ -101,24 +92,21 @@ class TieredCache(KVCache):
         """How much of the prefix to restore; pins what the host has of it. `poll` reads what only disk has."""
         keys = restore.table.keys
         device, host, disk = self._reaches(keys, min(self._most_blocks(restore.num_tokens), len(keys)))
-        room = max(0, self.staging_blocks - self._staged)
-        reach = Reach(restore.num_tokens, device, host, disk, waiting, hidden_s, room, others=waiting + self._running)
+        others = waiting + self._running
+        reach = Reach(restore.num_tokens, device, host, disk, waiting, hidden_s, self.staging.room, others)
         plan = self.strategy(self.cost, reach)
         restore.split = device + plan.load_host_blocks + plan.stage_disk_blocks
         restore.wanted = restore.split + plan.deferred_disk_blocks
         restore.above_disk = min(restore.above_disk, host)
         restore.next_read = min(host, restore.split)
         restore.settled = restore.next_read if not self.host.num_filling else min(device, restore.split)
-        self._pin(restore, restore.next_read)
+        restore.keep(self.host, restore.next_read)
         self._count(plan.load_host_blocks, plan.stage_disk_blocks, disk - restore.wanted)
         if plan.deferred_disk_blocks:
-            self._deferred[restore] = None
+            self.staging.deferred[restore] = None
         else:
-            self._deferred.pop(restore, None)
-        if plan.stage_disk_blocks:
-            self._unread[restore] = None
-            restore.staging += plan.stage_disk_blocks
-            self._staged += plan.stage_disk_blocks
+            self.staging.deferred.pop(restore, None)
+        self.staging.promise(restore, plan.stage_disk_blocks)
         if restore.settled < restore.split:
             self._wait(restore)
 
@@ -127,7 +115,7 @@ class TieredCache(KVCache):
         device, host = self.index.reach(keys, most), self.host.reach(keys, most)
         self.host.use(keys, host)
         host = max(device, host)
-        if self.disk is None or not self.disk.reading.is_over(self._now_s):
+        if self.disk is None or not self.tiers.disk_is_read:
             return device, host, host
         disk = self.disk.reach(keys, most)
         self.disk.use(keys, disk)
@@ -141,99 +129,22 @@ class TieredCache(KVCache):
         stats.recompute_decisions += recomputed > 0
         stats.recomputed_blocks += recomputed
 
-    def _pin(self, restore: Restore, count: int) -> None:
-        """Keep what the host has of the first `count` blocks, and nothing else, for this request."""
-        keys = restore.table.keys
-        here = self.host.reach(keys, count)
-        key = keys[here - 1] if here else None
-        if key == restore.pin:
-            return
-        if key is not None:
-            self.host.pin(key)
-        if restore.pin is not None:
-            self.host.unpin(restore.pin)
-        restore.pin = key
-
     def _wait(self, restore: Restore) -> None:
-        restore.deadline_s = self._now_s + self.wait_limit_s
+        restore.deadline_s = self.tiers.now_s + self.wait_limit_s
         self._timed[restore] = None
 
     def is_ready(self, table: BlockTable) -> bool:
         """Whether nothing that is under way could still spare the request computation."""
-        return table.restore is None or self._advance(table.restore)
-
-    def _advance(self, restore: Restore) -> bool:
-        """Go past the blocks that are there; whether that is all of them up to the split."""
-        keys = restore.table.keys
-        while restore.settled < restore.split:
-            key = keys[restore.settled]
-            if self.index.block_of(key) is None:  # else nobody needs to wait for a copy of it
-                if self.host.is_filling(key):
-                    return False
-                if key not in self.host:
-                    if restore.settled >= restore.next_read:
-                        return False
-                    self._cut(restore)  # it was lost on its way
-                    return True
-            restore.settled += 1
-        return True
-
-    def _cut(self, restore: Restore) -> None:
-        """What is not there yet will be computed."""
-        self._give_room_back(restore, max(0, restore.split - restore.next_read))
-        restore.split = restore.settled
-        restore.next_read = min(restore.next_read, restore.split)
-        self._unread.pop(restore, None)
-        self._pin(restore, restore.split)
-
-    # --- staging ------------------------------------------------------------------------------------------------
-
-    def _stage(self) -> None:
-        """Read from disk what was decided, in order of arrival and a few blocks at a time."""
-        room = READS_IN_FLIGHT - self._in_flight(Read)
-        for restore in list(self._unread):
-            while room > 0 and restore.next_read < restore.split:
-                room -= self._read_next(restore)
-            if restore.next_read < restore.split:
-                return
-            self._unread.pop(restore, None)
-
-    def _read_next(self, restore: Restore) -> bool:
-        """Have the next block come from disk, if it must; False if nothing was started."""
-        assert self.disk is not None
-        i, keys = restore.next_read, restore.table.keys
-        key, parent = keys[i], keys[i - 1] if i else None
-        restore.next_read += 1
-        if key in self.host or self.index.block_of(key) is not None:  # others have brought it meanwhile
-            self._give_room_back(restore, 1)
-            self._pin(restore, i + 1)
-            return False
-        there = self.disk.reading.is_over(self._now_s) and key in self.disk
-        slot = self.host.reserve(key, parent) if there else None
-        if slot is None:
-            self._give_room_back(restore, restore.split - i)
-            restore.split = restore.next_read = i
-            return False
-        self._pin(restore, i + 1)
-        self.disk.learn(key, parent)
-        restore.reading += 1
-        self.tier_stats.staged_blocks += 1
-        read = Read(key, self.disk.version(key), restore, self._now_s)
-        self.transfer.read(self._ticket(read), key, slot)
-        return True
-
-    def _give_room_back(self, restore: Restore, blocks: int) -> None:
-        restore.staging -= blocks
-        self._staged -= blocks
+        return table.restore is None or self.staging.advance(table.restore)
 
     def _stage_deferred(self) -> None:
-        if not self._deferred or self._staged >= self.staging_blocks:
+        if not self.staging.deferred or not self.staging.room:
             return
         hidden_s = 0.0
-        for waiting, restore in enumerate(list(self._restores)):
-            if restore in self._deferred and self._advance(restore):
+        for waiting, restore in enumerate(list(self.tiers.restores)):
+            if restore in self.staging.deferred and self.staging.advance(restore):
                 self._decide(restore, max(1, waiting), hidden_s)
-            if self._staged >= self.staging_blocks:
+            if not self.staging.room:
                 return
             hidden_s += restore.prefill_s
 
@@ -259,7 +170,7 @@ class TieredCache(KVCache):
         fresh = iter(table.blocks[len(held) :])
         table.blocks = [block if block is not None else next(fresh) for block in found] + list(fresh)
         places = [i for i, block in enumerate(found) if block is None]
-        self._store_again(table, found)
+        self.stores.add_again(table, found, most=self.num_blocks)
         self._count_hits(table, places, len(found))
         loading = False
         if places:
@@ -270,15 +181,6 @@ class TieredCache(KVCache):
             self._settle(table)
         return Admission(len(found) * self.block_size, loading)
 
-    def _store_again(self, table: BlockTable, found: list[int | None]) -> None:
-        """What the device has kept and the host has not, because its store was skipped or it was evicted."""
-        if len(self._unstored) >= self.num_blocks:
-            return  # all of it waits already, or more than the host can take
-        for i in range(self.host.reach(table.keys, len(found)), len(found)):
-            block = found[i]
-            if block is not None:
-                self._unstored.append((table.keys[i], table.keys[i - 1] if i else None, block))
-
     def _load(self, table: BlockTable, places: list[int], reach: int) -> bool:
         """Start copying these blocks of the table from the host; `reach`: leading blocks that are there then.
 
@@ -287,16 +189,16 @@ class TieredCache(KVCache):
         restore = table.restore
         if restore is None:
             table.restore = restore = Restore(table, 0, split=reach)
-            self._restores[restore] = None
+            self.tiers.restores[restore] = None
         restore.device_blocks, restore.reach_blocks = places[0], reach
-        self._deferred.pop(restore, None)
+        self.staging.deferred.pop(restore, None)
         self._wait(restore)
         last_of_runs = [table.keys[i] for i, after in zip(places, [*places[1:], -1], strict=True) if after != i + 1]
         for key in last_of_runs:
             self.host.pin(key)
-        restore.load_ticket = self._ticket(Load(restore, len(places), last_of_runs))
+        restore.load_ticket = self.tiers.ticket(Load(restore, len(places), last_of_runs))
         slots, blocks = [self.host.slot(table.keys[i]) for i in places], [table.blocks[i] for i in places]
-        restore.loaded = self.transfer.load(restore.load_ticket, slots, blocks) or None
+        restore.loaded = self.tiers.transfer.load(restore.load_ticket, slots, blocks) or None
         return self.restored(table) is not None
 
     def _count_hits(self, table: BlockTable, loaded: list[int], reach: int) -> None:
@@ -327,7 +229,7 @@ class TieredCache(KVCache):
         if self.device_reuse:
             super().release(table)
             return
-        self._store_missing(table)
+        self.stores.store_missing(table)
         blocks = table.blocks
         super().release(table)
         self.pool.blank(blocks)
@@ -338,84 +240,40 @@ class TieredCache(KVCache):
         if restore is None:
             return
         restore.ended = True
-        del self._restores[restore]
-        for group in (self._timed, self._deferred, self._unread):
-            group.pop(restore, None)
+        del self.tiers.restores[restore]
+        self._timed.pop(restore, None)
+        self.staging.leave(restore)
         if restore.pin is not None:
             self.host.unpin(restore.pin)
-        # Slots that are still being read into count until the reads have ended.
-        self._give_room_back(restore, restore.staging - restore.reading)
         self._queued_s -= restore.prefill_s
         self._queue_changed = True
         if restore.load_ticket is not None and restore.loaded is None:
             self._cancel_load(restore.load_ticket)
 
     def _cancel_load(self, ticket: int) -> None:
-        load = self._tickets.pop(ticket)
+        load = self.tiers.cancel(ticket)
         assert isinstance(load, Load)
-        self.transfer.cancel(ticket)
         for key in load.pins:
             self.host.unpin(key)
 
     # --- write-through and swap ---------------------------------------------------------------------------------
 
     def _on_published(self, table: BlockTable, i: int) -> None:
-        self._unstored.append((table.keys[i], table.keys[i - 1] if i else None, table.blocks[i]))
+        self.stores.add(table, i)
 
     def write_through(self) -> None:
-        """Copy to the host what the launched steps fill, at most `store_budget` blocks a call."""
-        if self._unstored and self._in_flight(Store) < STORES_IN_FLIGHT:
-            self._store(self._due())
-
-    def _due(self) -> Iterator[tuple[bytes, bytes | None, int]]:
-        """What the budget allows. What has come to the host meanwhile or left the device costs none of it, so that no
-        more can wait than the device holds."""
-        due = 0
-        while self._unstored and due < self.store_budget:
-            key, parent, block = self._unstored.popleft()
-            if key in self.host:
-                continue
-            if self.index.block_of(key) != block:
-                self.tier_stats.skipped_stores += 1
-                continue
-            due += 1
-            yield key, parent, block
-
-    def _store(self, blocks: Iterable[tuple[bytes, bytes | None, int]]) -> None:
-        """Copy to the host what it has slots for."""
-        keys: list[bytes] = []
-        slots: list[int] = []
-        sources: list[int] = []
-        for key, parent, block in blocks:
-            # Without its parent on the host nobody could find it there.
-            slot = self.host.reserve(key, parent) if parent is None or parent in self.host else None
-            if slot is None:
-                self.tier_stats.skipped_stores += 1
-                continue
-            keys.append(key)
-            slots.append(slot)
-            sources.append(block)
-        if keys:
-            self.transfer.store(self._ticket(Store(keys)), sources, slots)
-
-    def _store_missing(self, table: BlockTable) -> None:
-        """Copy to the host what it lacks of the table's full blocks, whatever the budget says."""
-        keys, full = table.keys, table.num_published
-        self._store(
-            (keys[i], keys[i - 1] if i else None, table.blocks[i])
-            for i in range(self.host.reach(keys, full), full)
-            if keys[i] not in self.host
-        )
+        """Copy to the host what the launched steps fill."""
+        self.stores.step()
 
     def swap_out(self, table: BlockTable, num_blocks: int = 0) -> int:
         self._settle(table)
         keys, full = table.keys, table.num_published
-        self._store_missing(table)
+        self.stores.store_missing(table)
         self.truncate(table, num_blocks)
         kept = self.host.reach(keys, full)
         table.restore = restore = Restore(table, 0, split=kept, wanted=kept, next_read=kept)
-        self._restores[restore] = None
-        self._pin(restore, kept)
+        self.tiers.restores[restore] = None
+        restore.keep(self.host, kept)
         self._wait(restore)
         self._queue_changed = True
         self.tier_stats.swapped_blocks += kept
@@ -423,58 +281,35 @@ class TieredCache(KVCache):
 
     def swap_or_recompute(self, table: BlockTable, num_tokens: int) -> SwapDecision:
         written = self.host.reach(table.keys, table.num_published) * self.block_size
-        room = self.host.num_slots - self._staged
+        room = self.host.num_slots - self.staging.taken
         return swap_or_recompute(self.cost, num_tokens, min(written, num_tokens), room)
-
-    def _write_back(self) -> None:
-        """Copy to disk, a few blocks at a time, what carries the write-back bit."""
-        if self.disk is None or not self.disk.writing.is_over(self._now_s):
-            return
-        room = WRITES_IN_FLIGHT - self._in_flight(Write)
-        while room > 0 and (key := self.host.next_write_back()) is not None:
-            if key in self.disk:
-                self.disk.learn(key, self.host.parent(key))
-                continue
-            victims = self.disk.reserve()
-            if victims is None:
-                self.host.write_back_again(key)
-                return
-            for victim in victims:
-                self.transfer.delete(victim)
-            self.host.pin(key)
-            self.transfer.write(self._ticket(Write(key, self._now_s)), self.host.slot(key), key)
-            room -= 1
 
     # --- completions --------------------------------------------------------------------------------------------
 
     def poll(self, now_s: float) -> None:
         """Take what has ended, give up what has taken too long, start what has now room."""
-        self._now_s = now_s
-        for completion in self.transfer.poll():
-            match self._tickets.pop(completion.ticket, None):
-                case Store() as store:
-                    self._stored(store, completion)
-                case Load() as load:
-                    self._loaded(load, completion)
-                case Read() as read:
-                    self._read(read, completion)
-                case Write() as write:
-                    self._written(write, completion)
+        self.tiers.now_s = now_s
+        for operation, end in self.tiers.ended():
+            match operation:
+                case Store():
+                    self.stores.ended(operation, end)
+                case Load():
+                    self._loaded(operation, end)
+                case Read():
+                    self.staging.ended(operation, end)
+                case Write():
+                    self.writes.ended(operation, end)
         self._expire()
-        self._mend()
+        self.staging.mend()
         self._look_ahead()
-        self._write_back()
+        self.writes.step()
         self._stage_deferred()
-        self._stage()
+        self.staging.step()
 
     @property
     def busy(self) -> bool:
         """Whether polling will bring anything without another request."""
-        return bool(self._tickets or self._unstored) or self._can_write_back
-
-    @property
-    def _can_write_back(self) -> bool:
-        return self.disk is not None and self.host.write_back_backlog > 0 and self.disk.writing.is_over(self._now_s)
+        return bool(self.tiers.under_way or self.stores) or self.writes.busy
 
     def drain(self) -> None:
         if self.disk is not None:
@@ -496,8 +331,8 @@ class TieredCache(KVCache):
             "host_used_bytes": len(self.host) * size,
             "host_evictions": self.host.evictions,
             "host_write_back_backlog": self.host.write_back_backlog,
-            "staging_blocks": self._staged,
-            "copies_in_flight": len(self._tickets),
+            "staging_blocks": self.staging.taken,
+            "copies_in_flight": len(self.tiers.under_way),
         }
         if self.disk is not None:
             tiers["disk_blocks"] = self.disk.num_blocks
@@ -505,33 +340,12 @@ class TieredCache(KVCache):
             tiers["disk_used_bytes"] = len(self.disk) * size
             tiers["disk_evictions"] = self.disk.evictions
             tiers["disk_faults"] = self.disk.faults
-            tiers["disk_is_read"] = self.disk.reading.is_over(self._now_s)
-            tiers["disk_is_written"] = self.disk.writing.is_over(self._now_s)
+            tiers["disk_is_read"] = self.tiers.disk_is_read
+            tiers["disk_is_written"] = self.tiers.disk_is_written
         return super().stats() | tiers | asdict(self.tier_stats)
 
     def close(self) -> None:
-        self.transfer.close()
-
-    def _ticket(self, operation: Operation) -> int:
-        self._next_ticket += 1
-        self._tickets[self._next_ticket] = operation
-        return self._next_ticket
-
-    def _in_flight(self, kind: type[Operation]) -> int:
-        return sum(isinstance(operation, kind) for operation in self._tickets.values())
-
-    def _stored(self, store: Store, end: Completion) -> None:
-        self.tier_stats.store_s += end.seconds
-        if end.error is not None:
-            self.tier_stats.failed_stores += 1
-            for key in store.keys:
-                self._lose(key)
-            return
-        for key in store.keys:
-            self.host.fill(key, write_back=self.disk is not None and key not in self.disk)
-        self.tier_stats.stored_blocks += len(store.keys)
-        self.tier_stats.stored_bytes += end.num_bytes
-        self._observe(self.cost.device_to_host, end, len(store.keys) / self.cost.blocks_per_copy)
+        self.tiers.transfer.close()
 
     def _loaded(self, load: Load, end: Completion) -> None:
         for key in load.pins:
@@ -543,87 +357,21 @@ class TieredCache(KVCache):
             return
         self.tier_stats.loaded_blocks += load.blocks
         self.tier_stats.loaded_bytes += end.num_bytes
-        self._observe(self.cost.host_to_device, end, load.blocks / self.cost.blocks_per_copy)
-
-    def _read(self, read: Read, end: Completion) -> None:
-        assert self.disk is not None
-        self._end_read(read)
-        self.tier_stats.read_s += end.seconds
-        if end.error is None:
-            self.disk.reading.works()
-            self.host.fill(read.key, write_back=False)
-            self.tier_stats.read_blocks += 1
-            self.tier_stats.read_bytes += end.num_bytes
-            self._observe(self.cost.disk_read, end, 1)
-            return
-        self.tier_stats.failed_reads += 1
-        self.tier_stats.corrupt_blocks += end.corrupt
-        self.disk.drop(read.key, read.version)  # computed again, it is written again, which mends what cannot be read
-        if end.device_fault:
-            self._fault(self.disk.reading, "read", end.error)
-        self._lose(read.key)
-
-    def _end_read(self, read: Read) -> None:
-        read.restore.reading -= 1
-        if read.restore.ended:
-            self._give_room_back(read.restore, 1)
-
-    def _written(self, write: Write, end: Completion) -> None:
-        assert self.disk is not None
-        self.tier_stats.write_s += end.seconds
-        if end.error is not None:
-            self._fail_write(write, end.error)
-            return
-        self.host.unpin(write.key)
-        self.disk.writing.works()
-        self.disk.add(write.key, self.host.parent(write.key))
-        self.tier_stats.written_blocks += 1
-        self.tier_stats.written_bytes += end.num_bytes
-        self._observe(self.cost.disk_write, end, 1)
-
-    def _fail_write(self, write: Write, error: str) -> None:
-        assert self.disk is not None
-        self.host.unpin(write.key)
-        self.host.write_back_again(write.key)
-        self.disk.give_up()
-        self.tier_stats.failed_writes += 1
-        self._fault(self.disk.writing, "written", error)
-
-    def _observe(self, link: LinkCost, end: Completion, copies: float) -> None:
-        if end.seconds > 0:
-            link.observe(end.num_bytes, copies, end.seconds, end.least_s)
-
-    def _fault(self, pause: Pause, doing: str, error: str) -> None:
-        assert self.disk is not None
-        if not pause.is_over(self._now_s):
-            return
-        self.disk.faults += 1
-        if pause.fault(self._now_s):
-            self._note(f"the disk tier is not {doing} for a while, and its share is computed again: {error}")
-
-    def _lose(self, key: bytes) -> None:
-        """A block that was on its way to the host has not come."""
-        for restore in self._restores:
-            if restore.pin == key:  # the slot goes, and its pins with it
-                restore.pin = None
-        self.host.drop(key)
-        self._torn = True
-
-    def _mend(self) -> None:
-        """Let the waiting requests know of blocks that were lost, and pin anew what they have before these."""
-        if self._torn:
-            self._torn = False
-            for restore in self._restores:
-                self._advance(restore)
+        self.tiers.observe(self.cost.host_to_device, end, load.blocks / self.cost.blocks_per_copy)
 
     def _expire(self) -> None:
-        for restore in [restore for restore in self._timed if self._now_s >= restore.deadline_s]:
+        for restore in [restore for restore in self._timed if self.tiers.now_s >= restore.deadline_s]:
             del self._timed[restore]
             self._give_up_waiting(restore)
-        late_s = self._now_s - self.wait_limit_s
-        for ticket, operation in list(self._tickets.items()):
+        late_s = self.tiers.now_s - self.wait_limit_s
+        for ticket, operation in list(self.tiers.under_way.items()):
+            # A disk that hangs must not keep slots, nor make every later request wait for it.
             if isinstance(operation, Read | Write) and operation.start_s <= late_s:
-                self._give_up_disk(ticket, operation)
+                self.tiers.cancel(ticket)
+                if isinstance(operation, Read):
+                    self.staging.give_up(operation)
+                else:
+                    self.writes.give_up(operation)
 
     def _give_up_waiting(self, restore: Restore) -> None:
         if restore.load_ticket is not None:
@@ -631,30 +379,17 @@ class TieredCache(KVCache):
                 self.tier_stats.expired_waits += 1
                 self._cancel_load(restore.load_ticket)
                 restore.loaded = False
-        elif not self._advance(restore):
+        elif not self.staging.advance(restore):
             self.tier_stats.expired_waits += 1
-            self._deferred.pop(restore, None)  # what is slow now is not asked again
-            self._cut(restore)
-
-    def _give_up_disk(self, ticket: int, operation: Read | Write) -> None:
-        """A disk that hangs must not keep slots, nor make every later request wait for it."""
-        assert self.disk is not None
-        self.transfer.cancel(ticket)
-        del self._tickets[ticket]
-        if isinstance(operation, Write):
-            self._fail_write(operation, "a write takes too long")
-            return
-        self._end_read(operation)
-        self.tier_stats.failed_reads += 1
-        self._fault(self.disk.reading, "read", "a read takes too long")
-        self._lose(operation.key)
+            self.staging.deferred.pop(restore, None)  # what is slow now is not asked again
+            self.staging.cut(restore)
 
     def _look_ahead(self) -> None:
         """Tell the tiers what the queue will need, where they evict by that (CachedAttention)."""
         if not self._queue_changed or not self.host.looks_ahead:
             return
         self._queue_changed = False
-        chains = [(restore.table.keys, restore.wanted) for restore in self._restores]
+        chains = [(restore.table.keys, restore.wanted) for restore in self.tiers.restores]
         self.host.set_lookahead(chains)
         if self.disk is not None:
             self.disk.set_lookahead(chains)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import BlockTable
 
 ENDLESS = 1 << 60
@@ -46,6 +47,18 @@ class Restore:
     """While loading: leading blocks that needed no load."""
     reach_blocks: int = 0
     """While loading: leading blocks that are there once it has succeeded."""
+
+    def keep(self, host: HostTier, count: int) -> None:
+        """Pin what the host has of the first `count` blocks, and nothing else."""
+        here = host.reach(self.table.keys, count)
+        key = self.table.keys[here - 1] if here else None
+        if key == self.pin:
+            return
+        if key is not None:
+            host.pin(key)
+        if self.pin is not None:
+            host.unpin(self.pin)
+        self.pin = key
 
 
 @dataclass(slots=True)

@@ -98,7 +98,7 @@ def tiers_of(engine: Engine) -> TieredCache:
 def check_idle(engine: Engine) -> None:
     assert engine.stats().held_blocks == 0
     assert engine.stats().compiles_after_warmup == 0
-    assert not tiers_of(engine)._restores
+    assert not tiers_of(engine).tiers.restores
 
 
 @pytest.mark.parametrize(

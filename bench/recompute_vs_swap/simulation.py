@@ -124,7 +124,7 @@ def _play(requests: Sequence[Request], system: System, *, write_through: bool = 
     """All arrive at once; until the last one has ended."""
     engine, executor = build(system)
     if isinstance(engine.cache, TieredCache) and not write_through:
-        engine.cache.store_budget = 0  # what gives way is copied out then, as vLLM did
+        engine.cache.stores.budget = 0  # what gives way is copied out then, as vLLM did
     watch = _Watch(StepTime(system.cost))
     executor.on_launch = watch.launched
     for i, request in enumerate(requests):

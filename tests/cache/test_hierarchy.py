@@ -12,10 +12,11 @@ from tiers_world import BLOCK, VOCAB, World, prompt_of
 
 from jserve.cache.cost import restore_strategy
 from jserve.cache.disk_tier import DiskTier
-from jserve.cache.hierarchy import READS_IN_FLIGHT, WRITES_IN_FLIGHT
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import BlockTable, KVCache
 from jserve.cache.restore import Read
+from jserve.cache.staging import READS_IN_FLIGHT
+from jserve.cache.write_back import WRITES_IN_FLIGHT
 from jserve.simulated import expected_tokens
 
 
@@ -114,7 +115,7 @@ def test_eviction_by_look_ahead_keeps_on_disk_what_the_queue_needs() -> None:
         world.add("again", first)
         while not world.said["other 3"]:
             world.step()
-        restore = next(reversed(world.cache._restores))
+        restore = next(reversed(world.cache.tiers.restores))
         assert world.cache.disk is not None
         return sum(key in world.cache.disk for key in restore.table.keys)
 
@@ -376,7 +377,7 @@ def test_a_decision_starts_no_copy_and_the_reads_come_a_few_at_a_time() -> None:
 
 
 def reads_under_way(world: World) -> int:
-    return sum(isinstance(operation, Read) for operation in world.cache._tickets.values())
+    return sum(isinstance(operation, Read) for operation in world.cache.tiers.under_way.values())
 
 
 def test_a_disk_that_hangs_at_writing_is_given_up_and_told_of_once() -> None:
@@ -401,9 +402,9 @@ def test_an_aborted_request_keeps_its_share_of_the_staging_region_until_its_read
         world.ask(f"other {i}", prompt_of(i, 40))
     world.add("again", first)
     world.step()
-    assert world.cache._staged == reads_under_way(world) == 8
+    assert world.cache.staging.taken == reads_under_way(world) == 8
     world.engine.abort("again")
-    assert world.cache._staged == 8
+    assert world.cache.staging.taken == 8
     world.run()
     world.check_nothing_is_held()
 
@@ -430,7 +431,7 @@ def test_what_waits_to_be_stored_is_never_more_than_the_device_holds() -> None:
         world.add(f"other {i}", prompt_of(i + 1, 8), 1)
         for _ in range(3):
             world.step()
-            most = max(most, len(world.cache._unstored))
+            most = max(most, len(world.cache.stores))
     assert most <= 2 * world.cache.num_blocks
     world.run()
 

@@ -140,9 +140,9 @@ class Hierarchy(RuleBasedStateMachine):
             return
         cache = self.world.cache
         assert len(cache.host) <= cache.host.num_slots
-        assert 0 <= cache._staged <= cache.staging_blocks + cache.host.num_slots
-        assert all(0 <= restore.reading <= restore.staging for restore in cache._restores)
-        assert all(restore.settled <= restore.split for restore in cache._restores)
+        assert 0 <= cache.staging.taken <= cache.staging.blocks + cache.host.num_slots
+        assert all(0 <= restore.reading <= restore.staging for restore in cache.tiers.restores)
+        assert all(restore.settled <= restore.split for restore in cache.tiers.restores)
         if cache.disk is not None:
             assert len(cache.disk) <= cache.disk.num_blocks
 

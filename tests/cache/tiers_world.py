@@ -106,10 +106,10 @@ class World:
     def check_nothing_is_held(self) -> None:
         cache = self.cache
         assert cache.pool.num_free == cache.num_blocks
-        assert not cache._restores
+        assert not cache.tiers.restores
         assert not cache._timed
-        assert not cache._unread
-        assert cache._staged == 0
+        assert not cache.staging.unread
+        assert cache.staging.taken == 0
         assert abs(cache._queued_s) < 1e-9
         assert not any(cache.host.is_pinned(key) for key in list(cache.host._slot_of))
 

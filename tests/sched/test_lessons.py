@@ -120,7 +120,7 @@ def test_cancelled_in_any_state_it_leaves_nothing(order: str, preempt: str, stat
             assert not sequence.table.blocks
     engine.abort("x")
     finish(engine)
-    assert not engine.cache._restores  # type: ignore[attr-defined]
+    assert not engine.cache.tiers.restores  # type: ignore[attr-defined]
     ask(engine, "afterwards", [3] * 30, 5)
 
 

@@ -1,0 +1,154 @@
+"""Staging: what only disk has of a waiting request's prefix is read to the host while it queues (FlashGen §3.3).
+
+The staging region bounds the host blocks that this may take. `promise` takes of it at the decision; the reads are
+started later, a few at a time and in order of arrival (`step`). What found no room is deferred, and decided again when
+there is some. A read that fails, or whose block is gone, ends the part of the prefix that is restored: the rest is
+computed.
+"""
+
+from __future__ import annotations
+
+from jserve.cache.restore import Read, Restore
+from jserve.cache.tiers import Tiers
+from jserve.cache.transfer import Completion
+
+READS_IN_FLIGHT = 16
+
+
+class StagingRegion:
+    """See the module. `blocks`: its size."""
+
+    def __init__(self, tiers: Tiers, blocks: int) -> None:
+        self.tiers, self.blocks = tiers, blocks
+        self.taken = 0
+        """Blocks that are promised, or hold what was read for a request that still waits."""
+        self.unread: dict[Restore, None] = {}
+        """Those with blocks still to be asked for from disk, in the order in which they are read."""
+        self.deferred: dict[Restore, None] = {}
+        """Those that would have more read for them, if there were room."""
+
+    @property
+    def room(self) -> int:
+        return max(0, self.blocks - self.taken)
+
+    # --- room ---------------------------------------------------------------------------------------------------
+
+    def promise(self, restore: Restore, blocks: int) -> None:
+        """So many more blocks, up to its split, will be read for it."""
+        if blocks:
+            self.unread[restore] = None
+            restore.staging += blocks
+            self.taken += blocks
+
+    def give_back(self, restore: Restore, blocks: int) -> None:
+        restore.staging -= blocks
+        self.taken -= blocks
+
+    def leave(self, restore: Restore) -> None:
+        """It needs nothing any more. Slots that are still being read into count until the reads have ended."""
+        self.unread.pop(restore, None)
+        self.deferred.pop(restore, None)
+        self.give_back(restore, restore.staging - restore.reading)
+
+    # --- reads --------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Start reads, as many as may be under way."""
+        room = READS_IN_FLIGHT - self.tiers.in_flight(Read)
+        for restore in list(self.unread):
+            while room > 0 and restore.next_read < restore.split:
+                room -= self._read_next(restore)
+            if restore.next_read < restore.split:
+                return
+            self.unread.pop(restore, None)
+
+    def _read_next(self, restore: Restore) -> bool:
+        """Have the next block come from disk, if it must; False if nothing was started."""
+        tiers = self.tiers
+        assert tiers.disk is not None
+        i, keys = restore.next_read, restore.table.keys
+        key, parent = keys[i], keys[i - 1] if i else None
+        restore.next_read += 1
+        if key in tiers.host or tiers.index.block_of(key) is not None:  # others have brought it meanwhile
+            self.give_back(restore, 1)
+            restore.keep(tiers.host, i + 1)
+            return False
+        there = tiers.disk_is_read and key in tiers.disk
+        slot = tiers.host.reserve(key, parent) if there else None
+        if slot is None:
+            self.give_back(restore, restore.split - i)
+            restore.split = restore.next_read = i
+            return False
+        restore.keep(tiers.host, i + 1)
+        tiers.disk.learn(key, parent)
+        restore.reading += 1
+        tiers.stats.staged_blocks += 1
+        read = Read(key, tiers.disk.version(key), restore, tiers.now_s)
+        tiers.transfer.read(tiers.ticket(read), key, slot)
+        return True
+
+    def ended(self, read: Read, end: Completion) -> None:
+        tiers, stats = self.tiers, self.tiers.stats
+        assert tiers.disk is not None
+        self._leave_slot(read)
+        stats.read_s += end.seconds
+        if end.error is None:
+            tiers.disk.reading.works()
+            tiers.host.fill(read.key, write_back=False)
+            stats.read_blocks += 1
+            stats.read_bytes += end.num_bytes
+            tiers.observe(tiers.cost.disk_read, end, 1)
+            return
+        stats.failed_reads += 1
+        stats.corrupt_blocks += end.corrupt
+        tiers.disk.drop(read.key, read.version)  # computed again, it is written again, which mends what is damaged
+        if end.device_fault:
+            tiers.fault(tiers.disk.reading, "read", end.error)
+        tiers.lose(read.key)
+
+    def give_up(self, read: Read) -> None:
+        """It has been cancelled."""
+        tiers = self.tiers
+        assert tiers.disk is not None
+        self._leave_slot(read)
+        tiers.stats.failed_reads += 1
+        tiers.fault(tiers.disk.reading, "read", "a read takes too long")
+        tiers.lose(read.key)
+
+    def _leave_slot(self, read: Read) -> None:
+        read.restore.reading -= 1
+        if read.restore.ended:
+            self.give_back(read.restore, 1)
+
+    # --- waiting for them ---------------------------------------------------------------------------------------
+
+    def advance(self, restore: Restore) -> bool:
+        """Go past the blocks that are there; whether that is all of them up to the split."""
+        host, keys = self.tiers.host, restore.table.keys
+        while restore.settled < restore.split:
+            key = keys[restore.settled]
+            if self.tiers.index.block_of(key) is None:  # else nobody needs to wait for a copy of it
+                if host.is_filling(key):
+                    return False
+                if key not in host:
+                    if restore.settled >= restore.next_read:
+                        return False
+                    self.cut(restore)  # it was lost on its way
+                    return True
+            restore.settled += 1
+        return True
+
+    def cut(self, restore: Restore) -> None:
+        """What is not there yet will be computed."""
+        self.give_back(restore, max(0, restore.split - restore.next_read))
+        restore.split = restore.settled
+        restore.next_read = min(restore.next_read, restore.split)
+        self.unread.pop(restore, None)
+        restore.keep(self.tiers.host, restore.split)
+
+    def mend(self) -> None:
+        """Let the waiting requests know of blocks that were lost, and pin anew what they have before these."""
+        if self.tiers.torn:
+            self.tiers.torn = False
+            for restore in self.tiers.restores:
+                self.advance(restore)

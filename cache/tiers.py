@@ -1,0 +1,91 @@
+"""The tiers below the device, and the copies under way between them: what the parts of the hierarchy share.
+
+Every operation of the Transfer door has a ticket here, and the part that has started it is told of its end
+(`TieredCache.poll`). A completion that nobody waits for any more finds no ticket and is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from jserve.cache.cost import CostModel, LinkCost
+from jserve.cache.disk_tier import DiskTier, Pause
+from jserve.cache.host_tier import HostTier
+from jserve.cache.prefix_index import PrefixIndex
+from jserve.cache.restore import Operation, Restore
+from jserve.cache.tier_stats import TierStats
+from jserve.cache.transfer import Completion, Transfer
+
+
+@dataclass(slots=True)
+class Tiers:
+    """See the module. `index` is that of the device."""
+
+    index: PrefixIndex
+    host: HostTier
+    disk: DiskTier | None
+    transfer: Transfer
+    cost: CostModel
+    note: Callable[[str], None]
+    """Tells people of a fault, in a line."""
+    stats: TierStats = field(default_factory=TierStats)
+    now_s: float = 0.0
+    """As of the last poll."""
+    restores: dict[Restore, None] = field(default_factory=dict)
+    """Of the requests that wait or load, in order of arrival."""
+    torn: bool = False
+    """Whether a block was lost since they were last told."""
+    under_way: dict[int, Operation] = field(default_factory=dict)
+    """By ticket."""
+    _next_ticket: int = 0
+
+    @property
+    def disk_is_read(self) -> bool:
+        return self.disk is not None and self.disk.reading.is_over(self.now_s)
+
+    @property
+    def disk_is_written(self) -> bool:
+        return self.disk is not None and self.disk.writing.is_over(self.now_s)
+
+    def ticket(self, operation: Operation) -> int:
+        """For an operation that starts now."""
+        self._next_ticket += 1
+        self.under_way[self._next_ticket] = operation
+        return self._next_ticket
+
+    def in_flight(self, kind: type[Operation]) -> int:
+        return sum(isinstance(operation, kind) for operation in self.under_way.values())
+
+    def ended(self) -> Iterator[tuple[Operation, Completion]]:
+        """What has ended since the last call, and somebody has waited for."""
+        for completion in self.transfer.poll():
+            operation = self.under_way.pop(completion.ticket, None)
+            if operation is not None:
+                yield operation, completion
+
+    def cancel(self, ticket: int) -> Operation:
+        """It touches nothing any more, and its end is not told."""
+        self.transfer.cancel(ticket)
+        return self.under_way.pop(ticket)
+
+    def lose(self, key: bytes) -> None:
+        """A block that was on its way to the host has not come."""
+        for restore in self.restores:
+            if restore.pin == key:  # the slot goes, and its pins with it
+                restore.pin = None
+        self.host.drop(key)
+        self.torn = True
+
+    def observe(self, link: LinkCost, end: Completion, copies: float) -> None:
+        if end.seconds > 0:
+            link.observe(end.num_bytes, copies, end.seconds, end.least_s)
+
+    def fault(self, pause: Pause, doing: str, error: str) -> None:
+        """The disk as such has failed, and will not be used this way for a while."""
+        assert self.disk is not None
+        if not pause.is_over(self.now_s):
+            return
+        self.disk.faults += 1
+        if pause.fault(self.now_s):
+            self.note(f"the disk tier is not {doing} for a while, and its share is computed again: {error}")

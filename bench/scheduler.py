@@ -89,7 +89,7 @@ class Driver:
             self.scheduler.commit(self._launched, tokens)
         taken_s = time.process_time() - start_s
         self._launched = plan
-        self.scheduler.events.clear()
+        self.scheduler.events.take()
         return taken_s
 
     def _tokens(self) -> list[int]:

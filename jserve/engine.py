@@ -323,8 +323,7 @@ class Engine:
     def _note_events(self, now_s: float) -> None:
         """Give the time to what the scheduler has told since the last call."""
         if self.scheduler.events:
-            events, self.scheduler.events = self.scheduler.events, []
-            self.timelines.record(events, now_s)
+            self.timelines.record(self.scheduler.events.take(), now_s)
 
     def _outputs(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
         outputs = []

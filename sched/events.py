@@ -1,14 +1,20 @@
 """What happens to requests in the scheduler, as it happens, for those who explain it (`jserve explain`).
 
-The scheduler appends to a list and reads no clock; the engine drains the list once a step and knows the time. A step
+The scheduler appends to a log and reads no clock; the engine drains the log once a step and knows the time. A step
 that only decodes appends nothing.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    from jserve.sched.sequence import Sequence
+
+MAX_EVENTS = 65536
 
 
 class EventKind(StrEnum):
@@ -43,3 +49,24 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """The request that caused it."""
     detail: str = ""
     """A few words for people: a finish reason, a mode of preemption, counts of blocks or tokens."""
+
+
+class EventLog:
+    """What has happened since somebody last took it out; without a reader the oldest events are dropped."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def tell(self, kind: EventKind, sequence: Sequence, by: Sequence | None = None, detail: str = "") -> None:
+        """It has happened to this sequence, because of `by`."""
+        if len(self._events) >= 2 * MAX_EVENTS:
+            del self._events[:MAX_EVENTS]
+        self._events.append(Event(kind, sequence.request_id, by.request_id if by is not None else None, detail))
+
+    def take(self) -> list[Event]:
+        """All of them, oldest first. The log is empty then."""
+        taken, self._events = self._events, []
+        return taken

@@ -64,3 +64,8 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+
+def rank_of(sequence: Sequence) -> Rank:
+    """The key of every list that is in order of rank."""
+    return sequence.rank

@@ -70,7 +70,7 @@ def tokens_of(outputs: list[EngineOutput]) -> list[int]:
 def assert_nothing_is_held(engine: Engine) -> None:
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.held_blocks) == (0, 0, 0)
-    assert sorted(engine.scheduler._free_slots) == list(range(engine.config.sched.max_running))
+    assert sorted(engine.scheduler.state.running.free_slots) == list(range(engine.config.sched.max_running))
 
 
 def test_a_request_gets_the_tokens_of_its_model() -> None:

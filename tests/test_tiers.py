@@ -211,7 +211,7 @@ def test_preempted_at_random_steps_everybody_is_told_the_same(plain: dict[str, l
     def disturbed(max_steps: int = 1) -> list[EngineOutput]:
         if scheduler.running and rng.random() < 0.25:
             victim = rng.choice(scheduler.running)
-            scheduler._preempt(victim, victim)
+            preempt(scheduler.state, victim, victim)
         return step(max_steps)
 
     engine.step = disturbed  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from simulation import make_engine, play, request, workload
 
 from jserve.engine import Engine
-from jserve.sched.scheduler import MAX_EVENTS
+from jserve.sched.events import MAX_EVENTS
 from jserve.timeline import Moment
 
 

@@ -155,9 +155,9 @@ def assert_blocks_are_conserved(scheduler: Scheduler) -> None:
     pool = scheduler.cache.pool
     holders = scheduler.running + scheduler.loading
     held = Counter(block for s in holders for block in s.table.blocks)
-    assert set(holders) == set(scheduler._holders)
+    assert set(holders) == set(scheduler.state.running.holders)
     assert not any(s.table.blocks for s in scheduler.waiting)
-    assert [s.rank for s in scheduler._holders] == sorted(s.rank for s in scheduler._holders)
+    assert [s.rank for s in scheduler.state.running.holders] == sorted(s.rank for s in scheduler.state.running.holders)
     assert scheduler.num_running == len(scheduler.running)
     assert all(pool.ref_count(block) == held[block] for block in range(pool.num_blocks))
     assert pool.num_free == pool.num_blocks - len(held)
@@ -179,14 +179,14 @@ def assert_nobody_waits_who_could_run(scheduler: Scheduler, plan: StepPlan | Non
     if plan is not None and plan.num_tokens >= scheduler.token_budget:
         return
     for waiting in scheduler.waiting:
-        behind = [s for s in scheduler._holders if s.rank > waiting.rank]
-        ahead = len(scheduler._holders) - len(behind)
+        behind = [s for s in scheduler.state.running.holders if s.rank > waiting.rank]
+        ahead = len(scheduler.state.running.holders) - len(behind)
         # A token of one that has just been preempted is in flight; who has been woken is looked at in the next step.
         if not waiting.in_flight and waiting not in scheduler.cache.index.woken:
-            slot = bool(scheduler._free_slots or behind)
+            slot = bool(scheduler.state.running.free_slots or behind)
             fits = scheduler.cache.fits(waiting.table, waiting.tokens, ahead, [s.table for s in behind])
             assert not (slot and fits), f"{waiting.request_id} could run"
-        if not scheduler.order.passes:
+        if not scheduler.state.order.passes:
             return
 
 

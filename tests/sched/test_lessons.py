@@ -12,6 +12,7 @@ import pytest
 from simulation import VOCAB, events_of, make_engine, make_tiered_engine, request
 
 from jserve.engine import Engine
+from jserve.sched import yielding
 from jserve.sched.sequence import Phase
 from jserve.simulated import expected_tokens
 
@@ -31,8 +32,8 @@ def finish(engine: Engine, limit: int = 20_000) -> dict[str, list[int]]:
         raise AssertionError(f"it hangs: {engine.stats()}")
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.held_blocks) == (0, 0, 0)
-    assert not engine.scheduler._holders
-    assert sorted(engine.scheduler._free_slots) == list(range(engine.config.sched.max_running))
+    assert not engine.scheduler.state.running.holders
+    assert sorted(engine.scheduler.state.running.free_slots) == list(range(engine.config.sched.max_running))
     return said
 
 
@@ -107,7 +108,7 @@ def test_cancelled_in_any_state_it_leaves_nothing(order: str, preempt: str, stat
         engine.cache.pool.release(engine.cache.pool.allocate(40) or [])  # the device forgets all
         engine.add(request("x", first, 20))
         engine.step()
-        assert [s.phase for s in scheduler._holders] == [Phase.LOADING]
+        assert [s.phase for s in scheduler.state.running.holders] == [Phase.LOADING]
     else:
         engine.add(request("x", list(range(50, 90)), 20))
         for _ in range(3 if state == "prefill" else 9):
@@ -115,8 +116,8 @@ def test_cancelled_in_any_state_it_leaves_nothing(order: str, preempt: str, stat
         (sequence,) = scheduler.running
         assert (sequence.num_output > 0) == (state != "prefill")
         if state in ("preempted", "swapped out"):
-            scheduler._swaps = lambda decision: state == "swapped out"
-            scheduler._preempt(sequence, sequence)
+            scheduler.state.swaps = lambda decision: state == "swapped out"
+            yielding.preempt(scheduler.state, sequence, sequence)
             assert not sequence.table.blocks
     engine.abort("x")
     finish(engine)
@@ -150,8 +151,8 @@ def test_a_head_that_waits_is_never_overtaken_by_more_than_can_be_preempted(orde
         engine.step()
         large = next((s for s in scheduler.waiting if s.request_id == "large"), None)
         if large is not None:
-            everybody = [s.table for s in scheduler._holders if s.rank > large.rank]
-            first = [s.table for s in scheduler._holders if s.rank < large.rank]
+            everybody = [s.table for s in scheduler.state.running.holders if s.rank > large.rank]
+            first = [s.table for s in scheduler.state.running.holders if s.rank < large.rank]
             assert cache.fits(large.table, large.tokens, without=[*everybody, *first])
             assert not cache.fits(large.table, large.tokens, len(first), without=everybody)
     finish(engine)

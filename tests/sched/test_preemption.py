@@ -15,6 +15,7 @@ from jserve.errors import ConfigError
 from jserve.request import Terms
 from jserve.sched.preemption import preemption_named
 from jserve.sched.scheduler import Scheduler
+from jserve.sched.yielding import preempt
 from jserve.simulated import expected_tokens
 
 
@@ -30,10 +31,10 @@ def run(engine: Engine, until: int | None = None) -> dict[str, list[int]]:
 
 def preempt_somebody(scheduler: Scheduler, rng: random.Random) -> bool:
     """As a decode or an admission would, at a moment when none has to."""
-    if not scheduler._holders:
+    if not scheduler.state.running.holders:
         return False
-    victim = rng.choice(scheduler._holders)
-    scheduler._preempt(victim, victim)
+    victim = rng.choice(scheduler.state.running.holders)
+    preempt(scheduler.state, victim, victim)
     return True
 
 
@@ -137,7 +138,7 @@ def test_preempted_anywhere_a_request_says_the_same(world: dict, tiered: bool, s
     assert said == {a.request.request_id: a.answer for a in arrivals}
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.held_blocks) == (0, 0, 0)
-    assert sorted(engine.scheduler._free_slots) == list(range(world["max_running"]))
+    assert sorted(engine.scheduler.state.running.free_slots) == list(range(world["max_running"]))
 
 
 def test_one_that_was_loaded_and_yields_in_the_same_step_is_not_set_up() -> None:

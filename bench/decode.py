@@ -70,10 +70,6 @@ class LastPlan:
     def compiles_after_warmup(self) -> int:
         return self._executor.compiles_after_warmup
 
-    @property
-    def shares_cores(self) -> bool:
-        return self._executor.shares_cores
-
     def phase(self, name: str) -> AbstractContextManager[object]:
         return self._executor.phase(name)
 

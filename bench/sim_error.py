@@ -120,7 +120,6 @@ def _system(engine: Engine, prefill: PrefillCost, decode: DecodeCost) -> System:
         info.max_model_len,
         info.weight_bytes,
         info.token_budget,
-        shares_cores=engine.executor.shares_cores,
     )
 
 

@@ -245,18 +245,33 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check(self.tp >= 1, "tp", self.tp, "use at least 1")
         size, budget = self.cache.block_size, self.sched.token_budget
-        _check(
-            size is None or budget is None or budget >= size,
-            "sched.token_budget",
-            budget,
-            f"it is smaller than a block of {size} tokens: raise it, or lower cache.block_size",
-        )
+        if size is not None and budget is not None:
+            check_budget(budget, size)
         _check(
             self.max_model_len is None or self.max_model_len >= 2,
             "max_model_len",
             self.max_model_len,
             "use at least 2 tokens, or leave it out",
         )
+
+    def block_and_budget(self, platform: str) -> tuple[int, int]:
+        """Tokens of a block, and of a step at most, where not told as this platform likes them. Raises ConfigError."""
+        on_cpu = platform == "cpu"
+        size = self.cache.block_size or (8 if on_cpu else 16)
+        # Decodes take one token each: prompts have at least as much of a step.
+        budget = self.sched.token_budget or max(2 * self.sched.max_running, 256 if on_cpu else 2048)
+        check_budget(budget, size)
+        return size, budget
+
+
+def check_budget(token_budget: int, block_size: int) -> None:
+    """Raises ConfigError if a step does not hold a block."""
+    _check(
+        token_budget >= block_size,
+        "sched.token_budget",
+        token_budget,
+        f"it is smaller than a block of {block_size} tokens: raise it, or lower cache.block_size",
+    )
 
 
 @dataclass(frozen=True)

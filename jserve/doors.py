@@ -64,10 +64,6 @@ class Executor(Protocol):
     def compiles_after_warmup(self) -> int:
         """Programs compiled while serving: 0, or something is wrong."""
 
-    @property
-    def shares_cores(self) -> bool:
-        """Whether steps run on the processor cores that run Python too, so that they slow each other down."""
-
     def phase(self, name: str) -> AbstractContextManager[object]:
         """What the engine does within is shown under this name where the executor is profiled."""
 

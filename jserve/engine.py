@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jserve.cache.block_keys import root_key
 from jserve.cache.cost import restore_strategy
 from jserve.cache.kv_cache import BlockTable, KVCache
-from jserve.config import EngineConfig
+from jserve.config import EngineConfig, check_budget
 from jserve.doors import Clock, EngineInfo, Executor, LaunchedStep, StepResult, SystemClock
 from jserve.errors import ConfigError, InvalidRequest, Overloaded
 from jserve.meter import Meter
@@ -73,11 +73,7 @@ class Engine:
         clock: Clock | None = None,
         cache: KVCache | None = None,
     ) -> None:
-        if info.token_budget < info.block_size:
-            raise ConfigError(
-                f"sched.token_budget is {info.token_budget}: it is smaller than a block of {info.block_size} tokens: "
-                "raise it, or lower cache.block_size"
-            )
+        check_budget(info.token_budget, info.block_size)
         self.config = config
         self.info = info
         self.executor = executor
@@ -258,11 +254,6 @@ class Engine:
         start_s = self.clock.now()
         with self.executor.phase("stage"):
             self.cache.poll(start_s)
-        if previous is not None and self.executor.shares_cores and _has_first_token(previous[0]):
-            self._launched = None  # the next step would slow it on its way to the user
-            outputs += self._commit(*previous)
-            self._observe(previous[0])
-            return outputs
         self._launched = self._launch(max_steps)
         with self.executor.phase("stage"):
             self.cache.write_through()
@@ -399,10 +390,6 @@ class Engine:
             self.step()
         self.cache.close()
         self.executor.close()
-
-
-def _has_first_token(plan: StepPlan) -> bool:
-    return any(row.samples and not row.sequence.num_output for row in plan.rows)
 
 
 def _last_output(sequence: Sequence, token_ids: list[int], logprobs: Any) -> EngineOutput:

@@ -94,13 +94,9 @@ class Runner:
         self._leaves = jax.tree.leaves(nnx.split(model)[1])
         self.weight_bytes = sum(x.nbytes for x in self._leaves)
         self._backend = choose_backend(config.runner.attention_backend, platform)
-        self._block_size = config.cache.block_size or (8 if platform == "cpu" else 16)
+        self._block_size, token_budget = config.block_and_budget(platform)
         check_supported(self._backend, head_dim=spec.head_dim, dtype=self._leaves[0].dtype, block_size=self._block_size)
         progress.note(f"attention backend: {self._backend}" + _SLOW.get((platform, self._backend), ""))
-        # Decodes take one token each: prompts have at least as much of a step.
-        token_budget = config.sched.token_budget or max(
-            2 * config.sched.max_running, 256 if platform == "cpu" else 2048
-        )
         self._token_buckets = _token_buckets(config.runner.token_buckets, token_budget)
         self._row_buckets = buckets_up_to(config.sched.max_running, ROW_BUCKETS)
         self._compiles = CompileCounter()
@@ -155,6 +151,7 @@ class Runner:
         path = resolve_model(config.model, progress)
         set_up_compile_cache(config.runner.compile_cache_dir or cache_root() / "xla")
         mesh = make_mesh(config.tp)
+        config.block_and_budget(mesh.devices.flat[0].platform)  # told before the weights are loaded
         dtype = resolve_dtype(config.dtype, mesh)
         if dtype == jnp.float32 and mesh.devices.flat[0].platform != "cpu":
             # On GPUs float32 products are TF32 by default, which would break "same tokens however computed".
@@ -234,6 +231,7 @@ class Runner:
 
     @property
     def shares_cores(self) -> bool:
+        """Whether the device is the processor that runs Python too, and its memory the host's."""
         return bool(self.mesh.devices.flat[0].platform == "cpu")
 
     def phase(self, name: str) -> AbstractContextManager[object]:

@@ -80,12 +80,10 @@ class SimulatedExecutor:
         block_size: int,
         vocab_size: int,
         step_s: Callable[[StepPlan], float] = lambda plan: 0.01 * plan.steps,
-        shares_cores: bool = False,
     ) -> None:
         self.clock = clock
         self.block_size = block_size
         self.vocab_size = vocab_size
-        self.shares_cores = shares_cores
         self.kv = [[0] * block_size for _ in range(num_blocks)]
         self._step_s = step_s
         self._busy_until_s = 0.0

@@ -216,7 +216,6 @@ WORKLOADS = st.fixed_dictionaries(
         "budget": st.integers(7, 40),
         "overlap": st.booleans(),
         "reuse": st.booleans(),
-        "shares_cores": st.booleans(),
     }
 )
 
@@ -233,7 +232,6 @@ def test_any_workload_gets_the_models_tokens_leaks_nothing_and_ends(w: dict) -> 
         w["budget"],
         w["overlap"],
         w["reuse"],
-        shares_cores=w["shares_cores"],
     )
     most = engine.max_total_tokens
     prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, most))] for _ in range(3)]
@@ -270,19 +268,6 @@ def test_any_workload_gets_the_models_tokens_leaks_nothing_and_ends(w: dict) -> 
         else:
             assert got == tokens
     assert_nothing_is_held(engine)
-
-
-@pytest.mark.parametrize("shares_cores", [False, True])
-def test_a_first_token_is_out_before_the_next_step_starts_where_both_use_the_same_cores(shares_cores: bool) -> None:
-    engine = make_engine(shares_cores=shares_cores)
-    engine.add(request("a", [1, 2, 3], 5))
-    outputs: list[EngineOutput] = []
-    while not outputs:
-        outputs = engine.step()
-    assert engine.scheduler.stats.steps == (1 if shares_cores else 2)
-    for _ in range(2):
-        engine.step()
-    assert engine.scheduler.stats.steps == (3 if shares_cores else 4), "from then on steps overlap"
 
 
 def test_the_same_workload_gives_the_same_steps() -> None:

@@ -78,10 +78,9 @@ class TimedExecutor:
 
     compiles_after_warmup = 0
 
-    def __init__(self, clock: TimedClock, step_time: StepTime, host_s: float = 0.0, shares_cores: bool = False) -> None:
+    def __init__(self, clock: TimedClock, step_time: StepTime, host_s: float = 0.0) -> None:
         """`host_s`: what the engine's own Python takes a step, where it is not hidden."""
         self._clock, self._step_time, self._host_s = clock, step_time, host_s
-        self.shares_cores = shares_cores
         self._busy_until_s = 0.0
         self.last_s = 0.0
         """What the newest plan takes."""

@@ -47,8 +47,6 @@ class System:
     token_budget: int = 2048
     host_s: float = 0.0
     """What the engine's Python adds to each step."""
-    shares_cores: bool = False
-    """As `Executor.shares_cores`."""
 
     @property
     def kv_bytes_per_token(self) -> float:
@@ -99,7 +97,7 @@ def build(described: System) -> tuple[Engine, TimedExecutor]:
     """The production engine over timed doors."""
     clock = TimedClock()
     config = described.config
-    executor = TimedExecutor(clock, StepTime(described.cost), described.host_s, described.shares_cores)
+    executor = TimedExecutor(clock, StepTime(described.cost), described.host_s)
     info = EngineInfo(
         model=described.model,
         fingerprint="simulated",

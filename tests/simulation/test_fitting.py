@@ -28,7 +28,7 @@ def machine() -> System:
     prefill, decode = (replace(cost) for cost in TRUTH)
     config = replace(described.config, runner=RunnerConfig(overlap=True))
     cost = replace(described.cost, prefill=prefill, decode=decode)
-    return replace(described, cost=cost, config=config, device_blocks=500, token_budget=256, shares_cores=True)
+    return replace(described, cost=cost, config=config, device_blocks=500, token_budget=256)
 
 
 def recorded(of: System, seed: int) -> list[StepSample]:

@@ -10,6 +10,7 @@ from typing import Any
 from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost, restore_strategy
 from jserve.cache.hierarchy import TieredCache
 from jserve.cache.host_tier import HostTier
+from jserve.cache.kv_cache import KVCache
 from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
 from jserve.doors import EngineInfo
 from jserve.engine import Engine
@@ -29,19 +30,13 @@ def make_engine(
     budget: int = 16,
     overlap: bool = False,
     reuse: bool = False,
+    context: int = 10_000,
     **sched: Any,
 ) -> Engine:
     clock = SimulatedClock()
     executor = SimulatedExecutor(clock, blocks, block_size, VOCAB)
-    config = EngineConfig(
-        cache=CacheConfig(block_size=block_size, device_blocks=blocks, prefix_cache=reuse),
-        sched=SchedConfig(max_running=max_running, token_budget=budget, **sched),
-        runner=RunnerConfig(overlap=overlap),
-    )
-    info = EngineInfo("simulated", "simulated", VOCAB, 10_000, block_size, blocks, budget, "none", "simulated", 0, 0)
-    engine = Engine(config, info, executor, clock)
-    engine.timelines = Recorder()
-    return engine
+    config = _config(blocks, block_size, max_running, budget, overlap, reuse, sched)
+    return _engine(config, clock, executor, context)
 
 
 def make_tiered_engine(
@@ -73,12 +68,31 @@ def make_tiered_engine(
         staging_blocks=host,
         wait_limit_s=wait_limit_s,
     )
-    config = EngineConfig(
-        cache=CacheConfig(block_size=block_size, device_blocks=blocks),
+    return _engine(_config(blocks, block_size, max_running, budget, overlap, True, sched), clock, executor, cache=cache)
+
+
+def _config(
+    blocks: int, block_size: int, max_running: int, budget: int, overlap: bool, reuse: bool, sched: dict[str, Any]
+) -> EngineConfig:
+    return EngineConfig(
+        cache=CacheConfig(block_size=block_size, device_blocks=blocks, prefix_cache=reuse),
         sched=SchedConfig(max_running=max_running, token_budget=budget, **sched),
         runner=RunnerConfig(overlap=overlap),
     )
-    info = EngineInfo("simulated", "simulated", VOCAB, 10_000, block_size, blocks, budget, "none", "simulated", 0, 0)
+
+
+def _engine(
+    config: EngineConfig,
+    clock: SimulatedClock,
+    executor: SimulatedExecutor,
+    context: int = 10_000,
+    cache: KVCache | None = None,
+) -> Engine:
+    size, blocks, budget = config.cache.block_size, config.cache.device_blocks, config.sched.token_budget
+    assert size is not None
+    assert blocks is not None
+    assert budget is not None
+    info = EngineInfo("simulated", "simulated", VOCAB, context, size, blocks, budget, "none", "simulated", 0, 0)
     engine = Engine(config, info, executor, clock, cache)
     engine.timelines = Recorder()
     return engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from jserve.errors import ConfigError, InvalidRequest, Overloaded
 from jserve.request import Terms
 from jserve.sched.admission import Bounds, FairShares, Load, predicted_ttft_s, refusal
 
+MODEL = Path(__file__).parents[1] / "fixtures" / "models" / "smollm2"
 BOUNDS = Bounds(requests=10, tokens=1000)
 
 
@@ -215,6 +217,20 @@ def test_settings_that_make_no_sense_are_refused_at_start_up(settings: dict, mes
 def test_a_budget_smaller_than_a_block_is_refused() -> None:
     with pytest.raises(ConfigError, match="token_budget is 8: it is smaller than a block of 16 tokens"):
         EngineConfig(cache=CacheConfig(block_size=16), sched=SchedConfig(max_running=4, token_budget=8))
+
+
+@pytest.mark.parametrize(("platform", "block"), [("cpu", 8), ("gpu", 16)])
+def test_so_is_one_smaller_than_the_block_that_the_platform_likes(platform: str, block: int) -> None:
+    config = EngineConfig(sched=SchedConfig(max_running=4, token_budget=7))
+    with pytest.raises(ConfigError, match=f"token_budget is 7: it is smaller than a block of {block} tokens"):
+        config.block_and_budget(platform)
+
+
+def test_it_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jserve.checkpoints.load", lambda *args, **more: pytest.fail("the weights are being loaded"))
+    config = EngineConfig(model=str(MODEL), sched=SchedConfig(max_running=4, token_budget=4))
+    with pytest.raises(ConfigError, match="token_budget is 4"):
+        Engine.from_config(config)
 
 
 def test_there_is_nothing_to_swap_to_without_a_host_tier() -> None:

@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
+import simulation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulation import VOCAB, request
 
-from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
-from jserve.doors import EngineInfo
 from jserve.engine import Engine
 from jserve.errors import InvalidRequest, Overloaded
 from jserve.request import EngineOutput, EngineRequest, SamplingParams
 from jserve.simulated import SimulatedClock, SimulatedExecutor, SimulatedTransfer, expected_tokens
 
-VOCAB = 97
-
-
-def make_engine(
-    blocks: int = 64,
-    block_size: int = 4,
-    max_running: int = 8,
-    budget: int = 16,
-    overlap: bool = True,
-    reuse: bool = True,
-    max_waiting: int = 1000,
-    context: int = 10_000,
-    shares_cores: bool = False,
-) -> Engine:
-    clock = SimulatedClock()
-    executor = SimulatedExecutor(clock, blocks, block_size, VOCAB, shares_cores=shares_cores)
-    config = EngineConfig(
-        cache=CacheConfig(block_size=block_size, device_blocks=blocks, prefix_cache=reuse),
-        sched=SchedConfig(max_running=max_running, token_budget=budget, max_waiting=max_waiting),
-        runner=RunnerConfig(overlap=overlap),
-    )
-    info = EngineInfo("simulated", "simulated", VOCAB, context, block_size, blocks, budget, "none", "simulated", 0, 0)
-    return Engine(config, info, executor, clock)
-
-
-def request(
-    name: str, prompt: list[int], max_tokens: int, stop: list[int] | None = None, salt: str = ""
-) -> EngineRequest:
-    return EngineRequest(
-        request_id=name,
-        token_ids=prompt,
-        sampling=SamplingParams(max_tokens=max_tokens),
-        stop_token_ids=stop or [],
-        cache_salt=salt,
-    )
+make_engine = partial(simulation.make_engine, overlap=True, reuse=True)
 
 
 def run(engine: Engine, limit: int = 100_000) -> dict[str, list[EngineOutput]]:
@@ -96,9 +63,9 @@ def test_the_second_turn_finds_the_whole_blocks_of_the_first() -> None:
 
 def test_another_salt_finds_nothing() -> None:
     engine = make_engine()
-    engine.add(request("a", list(range(12)), 2, salt="tenant 1"))
+    engine.add(request("a", list(range(12)), 2, cache_salt="tenant 1"))
     run(engine)
-    engine.add(request("b", list(range(12)), 2, salt="tenant 2"))
+    engine.add(request("b", list(range(12)), 2, cache_salt="tenant 2"))
     assert run(engine)["b"][-1].cached_tokens == 0
 
 
@@ -118,7 +85,7 @@ def test_a_stop_token_ends_the_request_and_is_its_last_token() -> None:
     expected = expected_tokens([5, 6], 20, VOCAB)
     stop = expected[4]
     engine = make_engine()
-    engine.add(request("a", [5, 6], 20, stop=[stop]))
+    engine.add(request("a", [5, 6], 20, stop_token_ids=[stop]))
     outputs = run(engine)["a"]
     assert tokens_of(outputs) == expected[: expected.index(stop) + 1]
     assert outputs[-1].finish_reason == "stop"
@@ -226,12 +193,12 @@ def test_any_workload_gets_the_models_tokens_leaks_nothing_and_ends(w: dict) -> 
     """Conversations with shared prefixes, stops, aborts in any state, too few blocks: same tokens, all freed."""
     rng = random.Random(w["seed"])
     engine = make_engine(
-        w["blocks"],
-        w["block_size"],
-        w["max_running"],
-        w["budget"],
-        w["overlap"],
-        w["reuse"],
+        blocks=w["blocks"],
+        block_size=w["block_size"],
+        max_running=w["max_running"],
+        budget=w["budget"],
+        overlap=w["overlap"],
+        reuse=w["reuse"],
     )
     most = engine.max_total_tokens
     prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, most))] for _ in range(3)]
@@ -247,7 +214,7 @@ def test_any_workload_gets_the_models_tokens_leaks_nothing_and_ends(w: dict) -> 
             count = rng.randrange(1, 30)
             tokens = expected_tokens(prompt, min(count, most - len(prompt)), VOCAB)
             stop = rng.choice(tokens) if rng.random() < 0.4 else None
-            engine.add(request(name, prompt, count, stop=[] if stop is None else [stop]))
+            engine.add(request(name, prompt, count, stop_token_ids=[] if stop is None else [stop]))
             expected[name] = tokens if stop is None else tokens[: tokens.index(stop) + 1]
         if expected and rng.random() < 0.05:
             name = rng.choice(sorted(expected))

@@ -19,6 +19,7 @@ from jserve.errors import ConfigError
 from jserve.progress import SilentProgress
 from jserve.request import EngineOutput, EngineRequest, SamplingParams
 from jserve.runner import Runner, make_mesh
+from jserve.sched import yielding
 from jserve.tiers import build_cache
 
 pytestmark = pytest.mark.gpu
@@ -211,7 +212,7 @@ def test_preempted_at_random_steps_everybody_is_told_the_same(plain: dict[str, l
     def disturbed(max_steps: int = 1) -> list[EngineOutput]:
         if scheduler.running and rng.random() < 0.25:
             victim = rng.choice(scheduler.running)
-            preempt(scheduler.state, victim, victim)
+            yielding.preempt(scheduler.state, victim, victim)
         return step(max_steps)
 
     engine.step = disturbed  # type: ignore[method-assign]

@@ -8,6 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+STORES_BESIDE_POOL, LOADS_BESIDE_POOL = 64, 64
+"""Blocks on their way from and to the pool, which take device memory beside it: so many at once, and no more."""
+LEAST_STORES = 16
+
+
+def stores_a_step(token_budget: int, block_size: int) -> int:
+    """Blocks that write-through copies after a step at most: as many as a step of prompts fills, else what computes
+    prompts for long would never be kept; and no more than may be on their way."""
+    return max(LEAST_STORES, min(STORES_BESIDE_POOL, token_budget // block_size))
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:

@@ -168,8 +168,6 @@ COPY_BUCKETS = (1, 4, 16)
 """Blocks that one program gathers from or scatters into the pool."""
 DIRECT_COPY_BLOCKS = 256
 """Blocks that one program copies between the pool and host memory, where these are the same: padding costs nothing."""
-STORES_BESIDE_POOL, LOADS_BESIDE_POOL = 64, 64
-"""Blocks on their way from and to the pool, which take device memory beside it: so many at once, and no more."""
 ROW_BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 
 

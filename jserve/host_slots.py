@@ -24,7 +24,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import UInt8
 
-from jserve.batch import COPY_BUCKETS, DIRECT_COPY_BLOCKS, LOADS_BESIDE_POOL, STORES_BESIDE_POOL
+from jserve.batch import COPY_BUCKETS, DIRECT_COPY_BLOCKS
+from jserve.cache.transfer import LOADS_BESIDE_POOL, STORES_BESIDE_POOL
 
 if TYPE_CHECKING:
     from jserve.runner import Runner

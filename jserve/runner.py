@@ -26,9 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jserve.batch import (
     COPY_BUCKETS,
     DIRECT_COPY_BLOCKS,
-    LOADS_BESIDE_POOL,
     ROW_BUCKETS,
-    STORES_BESIDE_POOL,
     TOKEN_BUCKETS,
     Limits,
     bucket_for,
@@ -36,6 +34,7 @@ from jserve.batch import (
     pack_forward,
     pack_head,
 )
+from jserve.cache.transfer import LOADS_BESIDE_POOL, STORES_BESIDE_POOL
 from jserve.config import EngineConfig, cache_root
 from jserve.doors import EngineInfo, StepResult
 from jserve.errors import ConfigError

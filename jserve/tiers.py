@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from jserve.batch import STORES_BESIDE_POOL
 from jserve.cache.cost import restore_strategy
 from jserve.cache.disk_tier import DiskTier
 from jserve.cache.hierarchy import TieredCache
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import KVCache
+from jserve.cache.transfer import stores_a_step
 from jserve.calibrate import calibrated
 from jserve.config import PINNED_LIMIT, EngineConfig, pinned_host_gib
 from jserve.errors import ConfigError
@@ -50,8 +50,7 @@ def build_cache(config: EngineConfig, runner: Runner, progress: Progress) -> KVC
         cost=calibrated(config, runner, transfer, progress),
         strategy=restore_strategy(said.restore),
         staging_blocks=min(staging, host_blocks),
-        # As many as a step of prompts fills, else what prefills for long would never be kept.
-        store_budget=max(16, min(STORES_BESIDE_POOL, info.token_budget // info.block_size)),
+        store_budget=stores_a_step(info.token_budget, info.block_size),
         wait_limit_s=said.load_timeout_s,
         device_reuse=said.device_reuse,
         note=progress.note,

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from jserve import checkpoints, host_slots
-from jserve.batch import LOADS_BESIDE_POOL, STORES_BESIDE_POOL
 from jserve.cache.disk_store import DiskStore
-from jserve.cache.transfer import Completion
+from jserve.cache.transfer import LOADS_BESIDE_POOL, STORES_BESIDE_POOL, Completion
 from jserve.config import AttentionBackend, CacheConfig, EngineConfig, RunnerConfig, SchedConfig
 from jserve.host_slots import Copy, HostSlots, PinnedSlots, SharedSlots
 from jserve.pallas_kernels import native

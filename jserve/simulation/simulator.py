@@ -15,6 +15,7 @@ from jserve.cache.disk_tier import DiskTier
 from jserve.cache.hierarchy import TieredCache
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import KVCache
+from jserve.cache.transfer import stores_a_step
 from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
 from jserve.doors import EngineInfo
 from jserve.engine import Engine
@@ -137,6 +138,7 @@ def _cache(described: System, clock: TimedClock) -> KVCache:
         cost=cost,
         strategy=restore_strategy(said.restore),
         staging_blocks=min(staging, host_blocks),
+        store_budget=stores_a_step(described.token_budget, block),
         wait_limit_s=said.load_timeout_s,
         device_reuse=said.device_reuse,
     )

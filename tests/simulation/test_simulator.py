@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from jserve.cache.hierarchy import TieredCache
+from jserve.cache.transfer import stores_a_step
 from jserve.config import CacheConfig, SchedConfig
 from jserve.errors import ConfigError
 from jserve.simulation.playing import Span
@@ -17,7 +19,7 @@ from jserve.simulation.profiles import (
     model_names,
     model_shape,
 )
-from jserve.simulation.simulator import System, simulate, system
+from jserve.simulation.simulator import System, build, simulate, system
 from jserve.simulation.summary import kv_utilisation, mean_batch, summarise
 from jserve.simulation.workload import Segment, Session, Turn, Workload, chat_session, closed_loop, contents, poisson
 
@@ -86,6 +88,15 @@ def test_copies_take_their_time_on_the_link() -> None:
     blocks = back.cached_tokens // 16
     assert back.ttft_s > described.cost.load_s(blocks * 0.5)
     assert back.ttft_s < described.cost.prefill.seconds(2000)
+
+
+def test_write_through_keeps_up_with_prompts_as_it_does_in_production() -> None:
+    """Simulated and real caches have one formula: a step of prompts is copied after that step, whatever the blocks."""
+    for block, budget, most in ((16, 2048, 64), (64, 2048, 32), (64, 256, 16)):
+        described = replace(opt(replace(TIERED, block_size=block)), token_budget=budget)
+        cache = build(described)[0].cache
+        assert isinstance(cache, TieredCache)
+        assert cache.store_budget == most == stores_a_step(budget, block)
 
 
 def test_the_warm_up_does_not_count() -> None:

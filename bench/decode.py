@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from bench import report
+from bench import profiling, report
 from bench.shapes import SHAPES
 from bench.timing import copy_bandwidth, stoppable
 from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=48, help="decode steps a batch size (48)")
     parser.add_argument("--device-blocks", type=int, help="KV pool (default: from free memory)")
     parser.add_argument("--attention-backend", choices=("auto", "native", "xla", "pallas"), default="auto")
-    report.add_profile_argument(parser)
+    profiling.add_argument(parser)
     report.add_arguments(parser)
     return parser
 
@@ -146,7 +146,7 @@ def _engine(args: argparse.Namespace, token_budget: int) -> Engine:
         model=args.model,
         cache=CacheConfig(device_blocks=args.device_blocks),
         sched=SchedConfig(max_running=max(args.batch), token_budget=token_budget if args.shape else None),
-        runner=RunnerConfig(attention_backend=args.attention_backend, token_buckets=buckets, profile_dir=args.profile),
+        runner=RunnerConfig(attention_backend=args.attention_backend, token_buckets=buckets, **profiling.of(args)),
     )
     if not args.shape:
         return Engine.from_config(config, RichProgress())

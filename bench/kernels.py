@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from bench import report, roofline
+from bench import profiling, report, roofline
 from bench.attention_cases import AttentionCase
 from bench.kernel_sweep import FULL, SHORT, TOY, Measured, Sweep
 from bench.timing import copy_bandwidth, matmul_rate, stoppable
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     sweep = Sweep("pallas" if on_gpu else "xla", args.seed, start_s + args.budget_s)
     try:
-        with stoppable():
+        with stoppable(), profiling.traced(args, partial(report.note, console)):
             sweep.run(sizes, RichProgress())
     except KeyboardInterrupt:
         report.note(console, "stopped: this is what was measured until then")
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="start no case after so long (240)")
     parser.add_argument("--decode-json", type=Path, help="a result of bench.decode --shape llama-2-13b to take up")
     parser.add_argument("--plot", type=Path, help="draw the roofline here (with --save: beside the JSON)")
+    profiling.add_directory(parser)
     report.add_arguments(parser)
     return parser
 

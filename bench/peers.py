@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import peer_weights, report
+from bench import peer_weights, profiling, report
 from bench.closed_loop import Run, play, warm_up
 from bench.contest import Contest
 from bench.noise import Noise
@@ -51,6 +51,8 @@ def _compare(args: argparse.Namespace) -> int:
     except (ChatError, ServerError, WorkloadError, JserveError) as error:
         print(f"bench.peers: {error}", file=sys.stderr)
         return 1
+    if args.profile:
+        report.note(console, profiling.told(args))
     contest.show(args.concurrency, args.repeats, console)
     config = {
         "dialogues": workload.name,
@@ -69,7 +71,7 @@ def _prepared(args: argparse.Namespace, console: Console) -> Contest:
     """Install what is asked for and not there yet; who cannot be had is missing, and why."""
     model = peer_weights.source(args.model)
     weights = PEERS / "models"
-    contest = Contest([Jserve(bench_flags(str(model)))])
+    contest = Contest([Jserve([*bench_flags(str(model)), *profiling.flags_of(args)])])
     for name in args.peers:
         try:
             system = _peer(name, model, weights, console)
@@ -159,6 +161,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="interleaved rounds (default 3)")
     parser.add_argument("--dialogues-per-user", type=int, default=2, metavar="N", help="default 2")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of each reply, exactly (default 64)")
+    profiling.add_argument(parser)
     report.add_arguments(parser)
     return parser.parse_args()
 

@@ -61,16 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses the work (default 0)")
 
 
-def add_profile_argument(parser: argparse.ArgumentParser) -> None:
-    """For benchmarks that drive an engine: its settings `profile_skip` and `profile_steps` say which steps."""
-    parser.add_argument(
-        "--profile",
-        type=Path,
-        metavar="DIR",
-        help="trace some steps, for TensorBoard and Perfetto, and time the phases",
-    )
-
-
 def console(args: argparse.Namespace) -> Console:
     """Where people read: stdout, or stderr if stdout is for JSON."""
     return Console(stderr=args.json, highlight=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import report
+from bench import profiling, report
 from bench.closed_loop import Run, percentile, play, replay, warm_up
 from bench.noise import Noise
 from bench.servers import Server, ServerError, grpc_ready, no_survivors
@@ -26,7 +26,6 @@ from bench.systems import Jserve
 from bench.transports import ChatError, JserveTransport
 from bench.workloads.dialogues import WorkloadError, load, part
 from jserve.errors import ConfigError
-from jserve.profiler import read_phases, table
 from jserve.simulation.workload import Session, Workload
 
 DIALOGUES_AT_LEAST = 8
@@ -89,7 +88,7 @@ def _measure_own(workload: Workload, args: argparse.Namespace, console: Console)
         finally:
             server.stop()
     if args.profile:
-        report.note(console, f"profile in {args.profile}\n{table(read_phases(args.profile))}")
+        report.note(console, profiling.told(args))
     report.note(console, f"ready in {first.ready_s:.1f} s, and in {server.ready_s:.1f} s with a warm compile cache")
     return {**metrics, "ready_first_s": first.ready_s, "ready_s": server.ready_s}
 
@@ -182,8 +181,7 @@ def _print(levels: list[Level], workload: Workload, console: Console) -> None:
 
 def _flags(args: argparse.Namespace) -> list[str]:
     """As users start it: what they leave out has its default, the KV pool too."""
-    flags = [*(["--model", args.model] if args.model else []), *args.serve_flags]
-    return [*flags, "--profile-dir", str(args.profile)] if args.profile else flags
+    return [*(["--model", args.model] if args.model else []), *args.serve_flags, *profiling.flags_of(args)]
 
 
 def _arguments() -> argparse.Namespace:
@@ -199,7 +197,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dialogues-per-user", type=int, default=3, metavar="N", help="default 3")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of each reply, exactly (default 64)")
     parser.add_argument("serve_flags", nargs="*", metavar="-- FLAG", help="more flags of `jserve serve`")
-    report.add_profile_argument(parser)
+    profiling.add_argument(parser)
     report.add_arguments(parser)
     args = parser.parse_args()
     if args.target and args.profile:

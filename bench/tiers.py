@@ -16,14 +16,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.table import Table
 
-from bench import disk, report, tier_decision, tier_links, tier_write_through
+from bench import disk, profiling, report, tier_decision, tier_links, tier_write_through
 from bench.shapes import SHAPES
 from bench.tier_chat import Played, Talk, play
 from bench.tier_engines import make_runner, plain_engine, tiered_engine
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--buffered", action="store_true", help="disk through the page cache, instead of direct")
     parser.add_argument("--short", action="store_true", help="fewer repetitions: below a minute")
     parser.add_argument("--toy", action="store_true", help="tiny sizes: to try the command")
+    profiling.add_argument(parser)
     report.add_arguments(parser)
     return parser
 
@@ -249,6 +250,7 @@ def _measure_conversations(args: argparse.Namespace, effort: Effort, found: Foun
     talk = effort.talk
     blocks = talk.blocks(args.block_size or 8) + talk.users
     config = _config(args, None, blocks, talk.users)
+    config = replace(config, runner=replace(config.runner, **profiling.of(args)))
     runner = make_runner(config, args.chat_shape, progress)
     try:
         cost = calibrate.measure(config, runner, JaxTransfer(runner), progress)

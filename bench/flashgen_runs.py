@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from bench.workloads import lengths
 from jserve.config import CacheConfig, SchedConfig
 from jserve.progress import Progress
 from jserve.simulation.arms import arm
+from jserve.simulation.gauges import Observed
 from jserve.simulation.playing import Span
 from jserve.simulation.profiles import hardware, model_shape
-from jserve.simulation.simulator import Simulated, System, simulate, system
+from jserve.simulation.simulator import System, simulate, system
 from jserve.simulation.summary import kv_utilisation, mean_batch, measured, percentile, summarise
 from jserve.simulation.workload import Workload, closed_loop
 
@@ -112,22 +114,26 @@ def simulated(run: Run) -> Point:
     work = closed_loop(work_of(run.work, run.max_tokens, run.seed), run.clients)
     done = simulate(described(run), work, span=Span(run.warm_up_turns, run.calls))
     tpots = [call.tpot_s for call in measured(done.played) if not call.refused and call.output_tokens > 1]
-    numbers = summarise(done.played).as_dict() | {
-        "kv_utilisation": kv_utilisation(done),
-        "kv_utilisation_when_short": _utilisation_when_short(done),
-        "mean_batch": mean_batch(done),
-    }
     warm = [sample for sample in done.gauges.samples if sample.time_s > done.played.warm_s]
     thinned = warm[:: max(1, len(warm) // 300)]
     return Point(
         run,
-        numbers,
+        numbers_of(done),
         tuple(percentile(tpots, p) for p in range(101)),
         tuple((s.time_s - done.played.warm_s, s.held, s.cached) for s in thinned),
     )
 
 
-def _utilisation_when_short(done: Simulated) -> float:
+def numbers_of(run: Observed) -> dict[str, float]:
+    """What is told of a run, simulated or real."""
+    return summarise(run.played).as_dict() | {
+        "kv_utilisation": kv_utilisation(run),
+        "kv_utilisation_when_short": _utilisation_when_short(run),
+        "mean_batch": mean_batch(run),
+    }
+
+
+def _utilisation_when_short(done: Observed) -> float:
     """Share of the device's blocks that requests held while others waited (as figures 7 and 18)."""
     short = [s for s in done.gauges.samples if s.time_s > done.played.warm_s and s.waiting >= SATURATED]
     spans = sum(s.span_s for s in short)
@@ -154,7 +160,7 @@ def run_all(runs: Iterable[Run], jobs: int, progress: Progress, file: Path | Non
             for run in todo:
                 keep(simulated(run))
             return points
-        with ProcessPoolExecutor(jobs) as pool:
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # a fork may hold another thread's locks
             for ended in as_completed([pool.submit(simulated, run) for run in todo]):
                 keep(ended.result())
     return points

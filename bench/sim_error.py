@@ -15,9 +15,9 @@ from statistics import median
 
 from rich.console import Console
 
-from bench import report
+from bench import profiling, report
 from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost
-from jserve.config import CacheConfig, EngineConfig, SchedConfig
+from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
 from jserve.console import RichProgress
 from jserve.engine import Engine
 from jserve.errors import JserveError
@@ -85,6 +85,7 @@ def _rounds(args: argparse.Namespace) -> list[Round]:
         cache=CacheConfig(device_blocks=args.device_blocks),
         sched=SchedConfig(max_running=max(8, args.clients)),
         max_model_len=2048,
+        runner=RunnerConfig(**profiling.of(args)),
     )
     engine = Engine.from_config(config, progress)
     recorder = RecordingExecutor(engine.executor, engine.clock)
@@ -160,6 +161,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sessions", type=int, default=24, metavar="N", help="of each part of a round (default 24)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
     parser.add_argument("--device-blocks", type=int, default=2048, metavar="N", help="of the KV pool (default 2048)")
+    profiling.add_argument(parser)
     report.add_arguments(parser)
     return parser.parse_args()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from jserve.cache.cost import restore_strategy
+from jserve.cache.cost import CostModel, restore_strategy
 from jserve.cache.disk_tier import DiskTier
 from jserve.cache.hierarchy import TieredCache
 from jserve.cache.host_tier import HostTier
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from jserve.runner import Runner
 
 
-def build_cache(config: EngineConfig, runner: Runner, progress: Progress) -> KVCache:
-    """Raises ConfigError if a tier cannot be had."""
+def build_cache(config: EngineConfig, runner: Runner, progress: Progress, cost: CostModel | None = None) -> KVCache:
+    """`cost`: what was measured already, if it was. Raises ConfigError if a tier cannot be had."""
     said, info = config.cache, runner.info
     if not said.host_gib:
         return KVCache(info.device_blocks, info.block_size, reuse=said.prefix_cache)
@@ -47,7 +47,7 @@ def build_cache(config: EngineConfig, runner: Runner, progress: Progress) -> KVC
         transfer,
         HostTier(host_blocks, said.eviction),
         disk,
-        cost=calibrated(config, runner, transfer, progress),
+        cost=cost or calibrated(config, runner, transfer, progress),
         strategy=restore_strategy(said.restore),
         staging_blocks=min(staging, host_blocks),
         store_budget=stores_a_step(info.token_budget, info.block_size),

@@ -69,6 +69,17 @@ def long_context(longest: int, sessions: int, seed: int) -> Workload:
     return Workload(f"long context, prompts up to {longest // 1024}k", tuple(made))
 
 
+def smaller(work: Workload, scale: float, max_tokens: int, think_s_per_token: float) -> Workload:
+    """The same chats, their turns `scale` times as long, cut to a context of `max_tokens`: for small machines."""
+    fresh = contents()
+    sessions = []
+    for session in work.sessions:
+        turns = [(round(turn.prompt_tokens * scale), round(turn.output_tokens * scale)) for turn in session.turns]
+        for part, cut in enumerate(split_to(turns, max_tokens)):
+            sessions.append(chat_session(f"{session.id}.{part}", cut, fresh, think_s_per_token=think_s_per_token))
+    return replace(work, name=f"{work.name}, {scale:g} times as long", sessions=tuple(sessions))
+
+
 def shuffled(work: Workload, seed: int) -> Workload:
     """The sessions in an order drawn by the seed."""
     sessions = list(work.sessions)

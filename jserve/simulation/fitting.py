@@ -43,6 +43,7 @@ class RecordingExecutor:
         self._inner, self._clock = inner, clock
         self._ended_s = 0.0
         self.samples: list[StepSample] = []
+        self.on_end: Callable[[StepPlan, float], None] = lambda plan, seconds: None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -58,6 +59,7 @@ class RecordingExecutor:
             seconds = now_s - max(start_s, self._ended_s)
             self._ended_s = now_s
             self.samples.append(StepSample(decodes, context, plan.num_tokens, pairs, seconds))
+            self.on_end(plan, seconds)
 
         return _Recorded(self._inner.launch(plan), ended)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from jserve.cache.cost import CostModel, restore_strategy
 from jserve.cache.disk_tier import DiskTier
@@ -21,15 +21,14 @@ from jserve.doors import EngineInfo
 from jserve.engine import Engine
 from jserve.errors import ConfigError
 from jserve.progress import Progress
-from jserve.sched.plan import StepPlan
 from jserve.simulation.doors import VOCAB_SIZE, StepTime, TimedClock, TimedExecutor, TimedTransfer
-from jserve.simulation.playing import Played, Span, play
+from jserve.simulation.gauges import Gauges, Observed
+from jserve.simulation.playing import Span, play
 from jserve.simulation.profiles import Hardware, ModelShape, cost_model, device_blocks
 from jserve.simulation.workload import Users, Workload
 
 MOST_STEPS_AT_ONCE = 64
 """More would hold up write-through, which copies once a plan."""
-SAMPLES = 2048
 
 
 @dataclass(frozen=True)
@@ -144,68 +143,11 @@ def _cache(described: System, clock: TimedClock) -> KVCache:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The engine over a stretch of time, in its mean."""
-
-    time_s: float
-    """The end of the stretch."""
-    span_s: float
-    held: float
-    """Share of the device's blocks that requests hold."""
-    cached: float
-    """Share whose KV is kept for nobody in particular."""
-    running: float
-    waiting: float
-
-
 @dataclass
-class Gauges:
-    """Means over simulated time, kept as samples whose number is bounded: when there are too many, pairs are joined."""
-
-    engine: Engine
-    samples: list[Sample] = field(default_factory=list)
-    _span_s: float = 0.0
-
-    def see(self, plan: StepPlan, seconds: float) -> None:
-        pool, scheduler = self.engine.cache.pool, self.engine.scheduler
-        blocks = pool.num_blocks
-        held, cached = (blocks - pool.num_free) / blocks, pool.num_reclaimable / blocks
-        now_s = self.engine.clock.now() + seconds
-        new = Sample(now_s, seconds, held, cached, len(plan.rows), len(scheduler.waiting))
-        last = self.samples[-1] if self.samples else None
-        if last is not None and last.span_s + seconds <= self._span_s:
-            self.samples[-1] = _joined(last, new)
-        else:
-            self.samples.append(new)
-        if len(self.samples) > SAMPLES:
-            pairs = zip(self.samples[::2], self.samples[1::2], strict=False)
-            self.samples = [_joined(a, b) for a, b in pairs]
-            self._span_s = 2 * max(self._span_s, self.engine.clock.now() / SAMPLES / 2)
-
-    def mean(self, name: str, since_s: float = 0.0) -> float:
-        """Over the time in which a step ran."""
-        counted = [sample for sample in self.samples if sample.time_s > since_s]
-        spans = sum(sample.span_s for sample in counted)
-        return sum(getattr(s, name) * s.span_s for s in counted) / spans if spans else 0.0
-
-
-def _joined(a: Sample, b: Sample) -> Sample:
-    span = a.span_s + b.span_s
-    means = (
-        (getattr(a, name) * a.span_s + getattr(b, name) * b.span_s) / span if span else 0.0
-        for name in ("held", "cached", "running", "waiting")
-    )
-    return Sample(b.time_s, span, *means)
-
-
-@dataclass
-class Simulated:
+class Simulated(Observed):
     """A run in simulated time."""
 
     system: System
-    played: Played
-    gauges: Gauges
     busy_s: float
     """Simulated time in which a step ran."""
 
@@ -233,7 +175,7 @@ def simulate(
         return executor.steps_until(engine.scheduler.running, due_s, most_steps)
 
     played = play(engine, work, span=span, progress=progress, look_ahead=look_ahead, users=users)
-    return Simulated(described, played, gauges, executor.busy_s)
+    return Simulated(played, gauges, described, executor.busy_s)
 
 
 def with_policies(described: System, cache: CacheConfig, sched: SchedConfig) -> System:

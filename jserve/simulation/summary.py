@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from jserve.errors import ConfigError
+from jserve.simulation.gauges import Observed
 from jserve.simulation.playing import CallRecord, Played
-from jserve.simulation.simulator import Simulated
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def _since_warm(played: Played, name: str) -> float:
     return played.stats_after.get(name, 0.0) - played.stats_before.get(name, 0.0)
 
 
-def mean_batch(run: Simulated) -> float:
+def mean_batch(run: Observed) -> float:
     """Requests in a step, over the time that steps ran."""
     return run.gauges.mean("running", run.played.warm_s)
 
 
-def kv_utilisation(run: Simulated) -> float:
+def kv_utilisation(run: Observed) -> float:
     """Share of the device's blocks that requests held, over the same time."""
     return run.gauges.mean("held", run.played.warm_s)

@@ -233,7 +233,6 @@ def _described(stage: Stage, name: str) -> System:
         info.max_model_len,
         info.weight_bytes,
         info.token_budget,
-        shares_cores=stage.runner.shares_cores,
     )
 
 

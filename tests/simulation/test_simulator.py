@@ -96,7 +96,7 @@ def test_write_through_keeps_up_with_prompts_as_it_does_in_production() -> None:
         described = replace(opt(replace(TIERED, block_size=block)), token_budget=budget)
         cache = build(described)[0].cache
         assert isinstance(cache, TieredCache)
-        assert cache.store_budget == most == stores_a_step(budget, block)
+        assert cache.stores.budget == most == stores_a_step(budget, block)
 
 
 def test_the_warm_up_does_not_count() -> None:

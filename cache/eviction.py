@@ -1,14 +1,15 @@
-"""Which block of a full tier goes first: LRU, FIFO (FlashGen §3.2) and look-ahead (CachedAttention, scheduler-aware).
+"""Which block of a full tier goes first: LRU, FIFO (FlashGen §3.2), look-ahead (CachedAttention) or predicted return.
 
-One contract, `EvictionOrder`, and one comparable rank a strategy: the smallest rank is the next victim. Two rules
-stand above every rank. A pinned block is never a victim. A block that has children in the tier is never a victim
-either: without their parent its children could not be found, so a chain goes from its tail to its head.
+One contract, `EvictionOrder`, and one comparable rank a strategy: the smallest rank is the next victim; of `returns`,
+whose rank is a time, the smallest or the largest, whichever is farther from now. Two rules stand above every rank. A
+pinned block is never a victim. A block that has children in the tier is never a victim either: without their parent
+its children could not be found, so a chain goes from its tail to its head.
 
 So what is said of a block, that it is pinned, was used or is needed, holds for all before it as well, and a chain of
-any length is kept or touched by its last block alone. When a block goes, its parent takes its recency and its place
-in the queue over.
+any length is kept or touched by its last block alone. When a block goes, its parent takes its recency, its place in
+the queue and its predicted time over.
 
-Pure bookkeeping over keys: it owns no block and no byte.
+Pure bookkeeping over keys: it owns no block and no byte, and reads no clock.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from jserve.cache.block_keys import reach
 from jserve.errors import ConfigError
 
-Rank = tuple[int, int]
+Rank = tuple[float, float]
 
 
 @dataclass(slots=True)
@@ -30,6 +31,8 @@ class Entry:
     parent: bytes | None
     inserted: int
     used: int
+    due_s: float
+    """When it is predicted to be used next; where nothing is predicted, when it was used last."""
     pins: int = 0
     position: int | None = None
     """Place of the first waiting request whose need ends with this block, or with one after it that has gone; None if
@@ -53,7 +56,18 @@ def look_ahead(entry: Entry) -> Rank:
     return (0, entry.used) if entry.position is None else (1, -entry.position)
 
 
-STRATEGIES: dict[str, Callable[[Entry], Rank]] = {"lru": lru, "fifo": fifo, "lookahead": look_ahead}
+def by_return(entry: Entry) -> Rank:
+    """What is predicted to be used farthest from now goes first, be it late in coming or overdue (`returns.Returns`;
+    Bidaw, FAST'26). Where nothing is predicted, this is LRU."""
+    return (entry.due_s, entry.used)
+
+
+STRATEGIES: dict[str, Callable[[Entry], Rank]] = {
+    "lru": lru,
+    "fifo": fifo,
+    "lookahead": look_ahead,
+    "returns": by_return,
+}
 
 
 class EvictionOrder:
@@ -70,8 +84,11 @@ class EvictionOrder:
         self._entries: dict[bytes, Entry] = {}
         self._children: dict[bytes, int] = {}  # of any parent, in the tier or not: it may come (back) after them
         self._heap: list[tuple[Rank, bytes]] = []  # with stale ranks, which are dropped when they surface
+        self._far: list[tuple[Rank, bytes]] = []  # the same with negative ranks, where those are times
         self._positions: dict[bytes, int] = {}
         self._clock = 0
+        self.now_s = 0.0
+        """Set by whoever knows the time."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -86,19 +103,27 @@ class EvictionOrder:
     def is_pinned(self, key: bytes) -> bool:
         return self._entries[key].pins > 0
 
-    def insert(self, key: bytes, parent: bytes | None = None) -> None:
-        """A block has come into the tier, unpinned. `parent`: the block before it in its chain, if known."""
+    def insert(self, key: bytes, parent: bytes | None = None, due_s: float | None = None) -> None:
+        """A block has come into the tier, unpinned. `parent`: the block before it in its chain, if known. `due_s`: when
+        it is predicted to be used, if anything is."""
         if key in self._entries:
             raise ValueError(f"block {key.hex()} is in this tier already")
         now = self._tick()
-        self._entries[key] = Entry(None, now, now)
+        self._entries[key] = Entry(None, now, now, self.now_s if due_s is None else due_s)
         self._adopt(key, parent)
         self._refresh(key)
 
     def touch(self, key: bytes) -> None:
         """The block was used."""
-        self._entries[key].used = self._tick()
+        entry = self._entries[key]
+        entry.used, entry.due_s = self._tick(), self.now_s
         self._refresh(key)
+
+    def expect(self, key: bytes, due_s: float) -> None:
+        """The block, if it is here, is predicted to be used then."""
+        if key in self._entries:
+            self._entries[key].due_s = due_s
+            self._refresh(key)
 
     def use(self, chain: Sequence[bytes], count: int) -> None:
         """The first `count` blocks of a chain were used."""
@@ -130,12 +155,33 @@ class EvictionOrder:
 
     def pop_victim(self) -> bytes | None:
         """Take out the next block to go; None, and no change, if none may."""
-        while self._heap:
-            rank, key = heapq.heappop(self._heap)
+        key = self._next_victim()
+        if key is not None:
+            self.remove(key)
+        return key
+
+    def victim_due_s(self) -> float | None:
+        """When the next block to go is predicted to be used; None if none may go."""
+        key = self._next_victim()
+        return None if key is None else self._entries[key].due_s
+
+    def _next_victim(self) -> bytes | None:
+        first = self._top(self._heap, 1)
+        if first is None or self._rank is not by_return:
+            return first
+        last = self._top(self._far, -1)
+        assert last is not None, "it holds what the other heap does"
+        overdue_s, ahead_s = self.now_s - self._entries[first].due_s, self._entries[last].due_s - self.now_s
+        return first if overdue_s >= ahead_s else last
+
+    def _top(self, heap: list[tuple[Rank, bytes]], sign: int) -> bytes | None:
+        """The block whose rank, times `sign`, is first in a heap."""
+        while heap:
+            (a, b), key = heap[0]
             entry = self._entries.get(key)
-            if entry is not None and entry.rank == rank:
-                self.remove(key)
+            if entry is not None and entry.rank == (sign * a, sign * b):
                 return key
+            heapq.heappop(heap)
         return None
 
     def reach(self, chain: Sequence[bytes], most: int) -> int:
@@ -163,6 +209,7 @@ class EvictionOrder:
         if parent is None or entry.parent is None:
             return
         parent.used = max(parent.used, entry.used)
+        parent.due_s = max(parent.due_s, entry.due_s)
         if place is not None:
             parent.position = place if parent.position is None else min(parent.position, place)
             self._positions[entry.parent] = parent.position
@@ -201,6 +248,14 @@ class EvictionOrder:
         entry.rank = rank
         if rank is not None:
             heapq.heappush(self._heap, (rank, key))
-            if len(self._heap) > 2 * len(self._entries) + 64:
-                self._heap = [(e.rank, k) for k, e in self._entries.items() if e.rank is not None]
-                heapq.heapify(self._heap)
+            if self._rank is by_return:
+                heapq.heappush(self._far, ((-rank[0], -rank[1]), key))
+            if max(len(self._heap), len(self._far)) > 2 * len(self._entries) + 64:
+                self._drop_stale()
+
+    def _drop_stale(self) -> None:
+        self._heap = [(e.rank, k) for k, e in self._entries.items() if e.rank is not None]
+        heapq.heapify(self._heap)
+        if self._rank is by_return:
+            self._far = [((-a, -b), k) for (a, b), k in self._heap]
+            heapq.heapify(self._far)

@@ -134,22 +134,60 @@ def test_wrong_use_is_refused() -> None:
         EvictionOrder("arc")
 
 
+def test_returns_evicts_what_is_due_farthest_from_now_on_either_side() -> None:
+    order = order_of("returns", 1, 2, 3, 4)
+    for block, due_s in ((1, 70.0), (2, 95.0), (3, 110.0), (4, 140.0)):
+        order.expect(key(block), due_s)
+    order.now_s = 100.0
+    assert order.victim_due_s() == 140.0
+    assert victims(order) == [4, 1, 3, 2]
+    assert order.victim_due_s() is None
+
+
+def test_what_is_overdue_goes_before_what_is_due_as_soon_as_it_is_the_farther() -> None:
+    order = order_of("returns", 1, 2)
+    order.expect(key(1), 50.0)
+    order.expect(key(2), 100.0)
+    order.now_s = 70.0
+    assert order.victim_due_s() == 100.0
+    order.now_s = 80.0
+    assert order.victim_due_s() == 50.0
+
+
+def test_the_head_of_a_conversation_is_due_when_its_tail_was() -> None:
+    order = order_of("returns", 1, 9)
+    order.insert(key(2), key(1), due_s=30.0)
+    order.expect(key(9), 20.0)
+    assert victims(order) == [2, 1, 9]
+
+
+def test_what_is_used_is_expected_no_more() -> None:
+    order = order_of("returns", 1, 2)
+    order.expect(key(1), 500.0)
+    order.now_s = 10.0
+    order.touch(key(1))
+    assert victims(order) == [2, 1]
+
+
 class NaiveOrder:
     """The same contract by looking at every block every time."""
 
     def __init__(self, strategy: str) -> None:
         self.strategy = strategy
-        self.blocks: dict[int, dict[str, int]] = {}
+        self.blocks: dict[int, dict[str, float]] = {}
         self.parents: dict[int, int] = {}
         self.ahead: dict[int, int] = {}
         self.now = 0
+        self.now_s = 0.0
 
     def tick(self) -> int:
         self.now += 1
         return self.now
 
     def victim(self) -> int | None:
-        def rank(block: int) -> tuple[int, int]:
+        def rank(block: int) -> tuple[float, float]:
+            if self.strategy == "returns":
+                return (self.blocks[block]["due"], self.blocks[block]["used"])
             if self.strategy == "fifo":
                 return (0, self.blocks[block]["inserted"])
             if self.strategy == "lookahead" and block in self.ahead:
@@ -158,13 +196,17 @@ class NaiveOrder:
 
         parents = {self.parents[block] for block in self.blocks if block in self.parents}
         free = [block for block in self.blocks if not self.blocks[block]["pins"] and block not in parents]
-        return min(free, key=rank, default=None)
+        if self.strategy != "returns" or not free:
+            return min(free, key=rank, default=None)
+        first, last = min(free, key=rank), max(free, key=rank)
+        return first if self.now_s - self.blocks[first]["due"] >= self.blocks[last]["due"] - self.now_s else last
 
     def remove(self, block: int) -> None:
         gone, parent = self.blocks.pop(block), self.parents.get(block)
         place = self.ahead.pop(block, None)
         if parent in self.blocks:
-            self.blocks[parent]["used"] = max(self.blocks[parent]["used"], gone["used"])
+            for what in ("used", "due"):
+                self.blocks[parent][what] = max(self.blocks[parent][what], gone[what])
             if place is not None:
                 self.ahead[parent] = min(self.ahead.get(parent, place), place)
 
@@ -173,6 +215,8 @@ BLOCKS = st.integers(1, 12)
 MOVES = st.one_of(
     st.tuples(st.sampled_from(["insert", "touch", "pin", "unpin", "remove"]), BLOCKS),
     st.tuples(st.just("victim"), st.none()),
+    st.tuples(st.just("pass"), st.integers(0, 9)),
+    st.tuples(st.just("expect"), st.tuples(BLOCKS, st.integers(0, 30))),
     st.tuples(st.just("ahead"), st.lists(BLOCKS, max_size=6, unique=True)),
 )
 
@@ -189,6 +233,13 @@ def test_any_sequence_of_moves_gives_the_victims_of_the_naive_order(
             assert order.pop_victim() == (None if expected is None else key(expected))
             if expected is not None:
                 naive.remove(expected)
+        elif move == "pass":
+            order.now_s = naive.now_s = naive.now_s + what  # type: ignore[operator]
+        elif move == "expect":
+            block, gap_s = what  # type: ignore[misc]
+            order.expect(key(block), naive.now_s + gap_s)
+            if block in naive.blocks:
+                naive.blocks[block]["due"] = naive.now_s + gap_s
         elif move == "ahead":
             here = [block for block in what if block in naive.blocks]  # type: ignore[attr-defined]
             naive.ahead = {block: i for i, block in enumerate(here)}
@@ -202,14 +253,14 @@ def apply(order: EvictionOrder, naive: NaiveOrder, move: str, block: int, chaine
     present = naive.blocks.get(block)
     if move == "insert" and present is None:
         now = naive.tick()
-        naive.blocks[block] = {"inserted": now, "used": now, "pins": 0}
+        naive.blocks[block] = {"inserted": now, "used": now, "pins": 0, "due": naive.now_s}
         if chained and block > 1:
             naive.parents[block] = block // 2
         order.insert(key(block), key(block // 2) if chained and block > 1 else None)
     elif present is None:
         return
     elif move == "touch":
-        present["used"] = naive.tick()
+        present["used"], present["due"] = naive.tick(), naive.now_s
         order.touch(key(block))
     elif move == "pin":
         present["pins"] += 1
@@ -222,8 +273,26 @@ def apply(order: EvictionOrder, naive: NaiveOrder, move: str, block: int, chaine
         order.remove(key(block))
 
 
-def test_the_heap_stays_as_small_as_the_tier() -> None:
-    order = order_of("lru", *range(10))
+@settings(max_examples=100, deadline=None)
+@given(st.lists(MOVES, max_size=80), st.booleans())
+def test_where_nothing_is_predicted_returns_is_lru(moves: list[tuple[str, object]], chained: bool) -> None:
+    order, lru = EvictionOrder("returns"), NaiveOrder("lru")
+    for move, what in moves:
+        if move == "victim":
+            expected = lru.victim()
+            assert order.pop_victim() == (None if expected is None else key(expected))
+            if expected is not None:
+                lru.remove(expected)
+        elif move == "pass":
+            order.now_s = lru.now_s = lru.now_s + what  # type: ignore[operator]
+        elif move not in ("ahead", "expect"):
+            apply(order, lru, move, what, chained)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", ["lru", "returns"])
+def test_the_heap_stays_as_small_as_the_tier(strategy: str) -> None:
+    order = order_of(strategy, *range(10))
     for i in range(10_000):
+        order.now_s += 1
         order.touch(key(i % 10))
-    assert len(order._heap) <= 2 * len(order) + 65
+    assert max(len(order._heap), len(order._far)) <= 2 * len(order) + 65

@@ -75,11 +75,19 @@ class DiskTier:
         self._writing += 1
         return victims
 
-    def add(self, key: bytes, parent: bytes | None) -> None:
-        """A block has been written."""
+    def add(self, key: bytes, parent: bytes | None, due_s: float | None = None) -> None:
+        """A block has been written. `due_s`: as `EvictionOrder.insert`."""
         self._writing -= 1
         if key not in self._order:
-            self._order.insert(key, parent)
+            self._order.insert(key, parent, due_s)
+
+    def set_now(self, now_s: float) -> None:
+        """As `HostTier.set_now`."""
+        self._order.now_s = now_s
+
+    def expect(self, key: bytes, due_s: float) -> None:
+        """As `HostTier.expect`."""
+        self._order.expect(key, due_s)
 
     def give_up(self) -> None:
         """A block could not be written."""

@@ -6,6 +6,8 @@
   launched, so that reclaiming a device block never needs a copy; from the host it goes to disk (`write_back`).
 - staging (`staging`): when a request arrives, it is decided how much of what only disk has of its prefix is read to the
   host while it queues, within the staging region; the rest is asked for later, or computed again.
+- reading ahead (`read_ahead`): while no request wants the disk, what conversations that will soon return are predicted
+  to need is read from it.
 - loading: an admitted request gets its device blocks and waits, outside of any batch, until the host's blocks have
   been copied into them; other requests' steps go on. Where a copy has its turn before the next step, it waits for none.
 - swapping: what a preempted sequence has not on the host yet is copied there before its blocks are taken, and kept.
@@ -29,6 +31,7 @@ from jserve.cache.cost import CostModel, Reach, Strategy, SwapDecision, swap_or_
 from jserve.cache.disk_tier import DiskTier
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import Admission, BlockTable, KVCache, Staging
+from jserve.cache.read_ahead import ReadAhead
 from jserve.cache.restore import ENDLESS, Load, Read, Restore, Store, Write
 from jserve.cache.staging import StagingRegion
 from jserve.cache.tiers import Tiers
@@ -54,12 +57,14 @@ class TieredCache(KVCache):
         store_budget: int = 16,
         wait_limit_s: float = 10.0,
         device_reuse: bool = True,
+        read_ahead_s: float = 0.0,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         super().__init__(num_blocks, block_size)
         self.tiers = Tiers(self.index, host, disk, transfer, cost, note)
         self.host, self.disk, self.cost, self.tier_stats = host, disk, cost, self.tiers.stats
         self.staging = StagingRegion(self.tiers, staging_blocks)
+        self.ahead = ReadAhead(self.tiers, self.staging, read_ahead_s)
         self.stores = WriteThrough(self.tiers, store_budget)
         self.writes = WriteBack(self.tiers)
         self.strategy, self.wait_limit_s = strategy, wait_limit_s
@@ -114,12 +119,12 @@ class TieredCache(KVCache):
         """Leading blocks on the device; on it or the host; on any tier. They are used by this."""
         device, host = self.index.reach(keys, most), self.host.reach(keys, most)
         self.host.use(keys, host)
-        host = max(device, host)
-        if self.disk is None or not self.tiers.disk_is_read:
-            return device, host, host
-        disk = self.disk.reach(keys, most)
-        self.disk.use(keys, disk)
-        return device, host, max(host, disk)
+        disk = 0
+        if self.disk is not None and self.tiers.disk_is_read:
+            disk = self.disk.reach(keys, most)
+            self.disk.use(keys, disk)
+        self.ahead.arrived(keys, {device, host, disk})
+        return device, max(device, host), max(device, host, disk)
 
     def _count(self, loaded: int, staged: int, recomputed: int) -> None:
         stats = self.tier_stats
@@ -224,6 +229,9 @@ class TieredCache(KVCache):
         self._settle(table)
         return blocks * self.block_size
 
+    def ended(self, table: BlockTable, answer_tokens: int) -> None:
+        self.ahead.ended(table.keys[: table.num_published], answer_tokens)
+
     def release(self, table: BlockTable) -> None:
         self._settle(table)
         if self.device_reuse:
@@ -288,7 +296,7 @@ class TieredCache(KVCache):
 
     def poll(self, now_s: float) -> None:
         """Take what has ended, give up what has taken too long, start what has now room."""
-        self.tiers.now_s = now_s
+        self.tiers.set_now(now_s)
         for operation, end in self.tiers.ended():
             match operation:
                 case Store():
@@ -305,6 +313,7 @@ class TieredCache(KVCache):
         self.writes.step()
         self._stage_deferred()
         self.staging.step()
+        self.ahead.step()
 
     @property
     def busy(self) -> bool:

@@ -7,7 +7,7 @@ Bookkeeping alone; the bytes are behind the Transfer door. A slot is *filling* w
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jserve.cache.eviction import EvictionOrder
 
@@ -24,6 +24,8 @@ class HostTier:
         self._filling: set[bytes] = set()
         self._write_back: OrderedDict[bytes, None] = OrderedDict()
         self._blank = list(range(num_slots - 1, -1, -1))
+        self.on_leave: Callable[[bytes], None] = lambda key: None
+        """Called with the key of each block that goes, for whatever reason."""
 
     def __len__(self) -> int:
         return len(self._slot_of)
@@ -54,15 +56,15 @@ class HostTier:
         """The block before it in its chain, if known."""
         return self._parent_of[key]
 
-    def reserve(self, key: bytes, parent: bytes | None) -> int | None:
+    def reserve(self, key: bytes, parent: bytes | None, due_s: float | None = None) -> int | None:
         """A slot to fill with a new block, evicting another if needed, but never its parent, without which nobody could
-        find it; None if every one is pinned or filling."""
+        find it; None if every one is pinned or filling. `due_s`: as `EvictionOrder.insert`."""
         slot = self._blank.pop() if self._blank else self._evict(keep=parent)
         if slot is None:
             return None
         self._slot_of[key], self._parent_of[key] = slot, parent
         self._filling.add(key)
-        self._order.insert(key, parent)
+        self._order.insert(key, parent, due_s)
         self._order.pin(key)
         return slot
 
@@ -95,6 +97,7 @@ class HostTier:
     def _forget(self, key: bytes) -> int:
         self._write_back.pop(key, None)
         del self._parent_of[key]
+        self.on_leave(key)
         return self._slot_of.pop(key)
 
     def pin(self, key: bytes) -> None:
@@ -105,6 +108,23 @@ class HostTier:
 
     def is_pinned(self, key: bytes) -> bool:
         return self._order.is_pinned(key)
+
+    def set_now(self, now_s: float) -> None:
+        """The time, for eviction by predicted return."""
+        self._order.now_s = now_s
+
+    def expect(self, key: bytes, due_s: float) -> None:
+        """The block, if it is here, is predicted to be used then."""
+        self._order.expect(key, due_s)
+
+    @property
+    def has_blank(self) -> bool:
+        """Whether a block can come without another going."""
+        return bool(self._blank)
+
+    def victim_due_s(self) -> float | None:
+        """When the next block to go is predicted to be used; None if none may go."""
+        return self._order.victim_due_s()
 
     def use(self, chain: Sequence[bytes], count: int) -> None:
         """The first `count` blocks of a chain were used."""

@@ -85,7 +85,8 @@ class Read:
     key: bytes
     version: int | None
     """Of the copy that is read (`DiskTier.version`)."""
-    restore: Restore
+    restore: Restore | None
+    """The request that it is for; None if it is read ahead."""
     start_s: float
 
 

@@ -116,6 +116,8 @@ class StagingRegion:
         tiers.lose(read.key)
 
     def _leave_slot(self, read: Read) -> None:
+        if read.restore is None:
+            return
         read.restore.reading -= 1
         if read.restore.ended:
             self.give_back(read.restore, 1)

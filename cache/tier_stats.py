@@ -29,6 +29,13 @@ class TierStats:
     swapped_blocks: int = 0
     """Blocks that were kept on the host for a preempted sequence."""
 
+    read_ahead_blocks: int = 0
+    """Blocks whose read from disk was started before anybody asked for them (`read_ahead`)."""
+    read_ahead_hits: int = 0
+    """Of them: those that the host had, or was getting, when their conversation came back,"""
+    read_ahead_wasted: int = 0
+    """and those that it had lost by then."""
+
     stored_blocks: int = 0
     loaded_blocks: int = 0
     read_blocks: int = 0

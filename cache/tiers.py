@@ -14,6 +14,7 @@ from jserve.cache.disk_tier import DiskTier, Pause
 from jserve.cache.host_tier import HostTier
 from jserve.cache.prefix_index import PrefixIndex
 from jserve.cache.restore import Operation, Restore
+from jserve.cache.returns import Returns
 from jserve.cache.tier_stats import TierStats
 from jserve.cache.transfer import Completion, Transfer
 
@@ -32,6 +33,8 @@ class Tiers:
     stats: TierStats = field(default_factory=TierStats)
     now_s: float = 0.0
     """As of the last poll."""
+    returns: Returns = field(init=False)
+    """Of conversations whose blocks the tiers may have."""
     restores: dict[Restore, None] = field(default_factory=dict)
     """Of the requests that wait or load, in order of arrival."""
     torn: bool = False
@@ -39,6 +42,16 @@ class Tiers:
     under_way: dict[int, Operation] = field(default_factory=dict)
     """By ticket."""
     _next_ticket: int = 0
+
+    def __post_init__(self) -> None:
+        self.returns = Returns(self.host.num_slots + (self.disk.num_blocks if self.disk is not None else 0))
+
+    def set_now(self, now_s: float) -> None:
+        """At each poll."""
+        self.now_s = now_s
+        self.host.set_now(now_s)
+        if self.disk is not None:
+            self.disk.set_now(now_s)
 
     @property
     def disk_is_read(self) -> bool:

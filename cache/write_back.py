@@ -49,7 +49,7 @@ class WriteBack:
             return
         tiers.host.unpin(write.key)
         tiers.disk.writing.works()
-        tiers.disk.add(write.key, tiers.host.parent(write.key))
+        tiers.disk.add(write.key, tiers.host.parent(write.key), tiers.returns.due_s(write.key))
         tiers.stats.written_blocks += 1
         tiers.stats.written_bytes += end.num_bytes
         tiers.observe(tiers.cost.disk_write, end, 1)

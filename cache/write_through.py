@@ -85,7 +85,9 @@ class WriteThrough:
         sources: list[int] = []
         for key, parent, block in blocks:
             # Without its parent on the host nobody could find it there.
-            slot = host.reserve(key, parent) if parent is None or parent in host else None
+            slot = (
+                host.reserve(key, parent, self.tiers.returns.due_s(key)) if parent is None or parent in host else None
+            )
             if slot is None:
                 self.tiers.stats.skipped_stores += 1
                 continue

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from jserve.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Eviction = Literal["lru", "fifo", "lookahead"]
+Eviction = Literal["lru", "fifo", "lookahead", "returns"]
 Order = Literal["fcfs", "flashgen", "priority", "slo", "prefix"]
 Chunk = Literal["static", "adaptive"]
 Admission = Literal["queue", "predict"]
@@ -71,7 +71,12 @@ class CacheConfig:
     """How much of a history to load rather than compute: cost (what is measured to be quicker), flashgen (from disk
     only while another request waits), threshold:TOKENS (the same, and only more tokens than that), always, never."""
     eviction: Eviction = "lru"
-    """What leaves a full tier first: lru, fifo, or lookahead (what no waiting request needs)."""
+    """What leaves a full tier first: lru, fifo, lookahead (what no waiting request needs), or returns (conversations
+    whose return is predicted to be farthest away; lru where nothing can be predicted)."""
+    read_ahead_s: float = 0.05
+    """While no request waits for the disk, conversations that are predicted to return soon are read from it, with so
+    many seconds of reading under way at once: a request that comes then waits for the disk that much longer. 0: it is
+    read for requests alone."""
     load_timeout_s: float = 10.0
     """After so long, a request computes what has not come from a lower tier."""
 
@@ -109,6 +114,7 @@ class CacheConfig:
             self.staging_gib,
             "use 0 or more GiB, or leave it out",
         )
+        _check(self.read_ahead_s >= 0, "cache.read_ahead_s", self.read_ahead_s, "use 0 (none) or more seconds")
         _check(self.load_timeout_s > 0, "cache.load_timeout_s", self.load_timeout_s, "use more than 0 seconds")
 
 

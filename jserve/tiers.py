@@ -53,6 +53,7 @@ def build_cache(config: EngineConfig, runner: Runner, progress: Progress, cost: 
         store_budget=stores_a_step(info.token_budget, info.block_size),
         wait_limit_s=said.load_timeout_s,
         device_reuse=said.device_reuse,
+        read_ahead_s=said.read_ahead_s,
         note=progress.note,
     )
 

@@ -7,7 +7,7 @@
 | `flashgen-sched` | prefix cache | - | - | greedy, with preemption of what has passed (FlashGen §4) |
 | `flashgen-cache` | prefix cache | inclusive, LRU | disk only if another request waits (FlashGen §3.3) | first come |
 | `flashgen` | prefix cache | as `flashgen-cache` | as `flashgen-cache` | as `flashgen-sched` |
-| `jserve` | prefix cache | the same | what a cost model says, up to a split point | the same |
+| `jserve` | prefix cache | evicted, read ahead by predicted return | by a cost model, up to a split point | the same |
 
 What is preempted is computed again, or read back as far as the host happens to have it; `jserve` may also copy out the
 rest, if that is quicker, and takes prompts in chunks that adapt to the latency targets.
@@ -37,7 +37,9 @@ class Arm:
     apply: Callable[[CacheConfig, SchedConfig], Policies]
 
     def policies(self, cache: CacheConfig, sched: SchedConfig) -> Policies:
-        """`cache` and `sched` give sizes alone: the arm sets what chooses."""
+        """`cache` and `sched` give sizes alone: the arm sets what chooses. What is newer than the published systems is
+        off but for the arm that turns it on."""
+        cache = replace(cache, eviction="lru", read_ahead_s=0.0)
         if not self.tiers:
             cache = replace(cache, host_gib=0.0, disk_dir=None)
         return self.apply(cache, sched)
@@ -65,7 +67,8 @@ def _flashgen(cache: CacheConfig, sched: SchedConfig) -> Policies:
 
 
 def _jserve(cache: CacheConfig, sched: SchedConfig) -> Policies:
-    return replace(cache, restore="cost"), replace(sched, order="flashgen", preempt="auto", chunk="adaptive")
+    foreseeing = replace(cache, restore="cost", eviction="returns", read_ahead_s=CacheConfig().read_ahead_s)
+    return foreseeing, replace(sched, order="flashgen", preempt="auto", chunk="adaptive")
 
 
 ARMS = {
@@ -91,6 +94,16 @@ def _always(cache: CacheConfig, sched: SchedConfig) -> Policies:
     return replace(cache, restore="always"), sched
 
 
+def _lru(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    cache, sched = _jserve(cache, sched)
+    return replace(cache, eviction="lru"), sched
+
+
+def _without_read_ahead(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    cache, sched = _jserve(cache, sched)
+    return replace(cache, read_ahead_s=0.0), sched
+
+
 def _recompute(cache: CacheConfig, sched: SchedConfig) -> Policies:
     cache, sched = _jserve(cache, sched)
     return cache, replace(sched, preempt="recompute")
@@ -111,6 +124,8 @@ ABLATIONS = {
     for arm in (
         Arm("jserve, restore=flashgen", "the disk only if another request waits", True, _without_cost_model),
         Arm("jserve, restore=always", "whatever any tier has, never a split", True, _always),
+        Arm("jserve, eviction=lru", "least recently used first, however soon it is due", True, _lru),
+        Arm("jserve, no read-ahead", "the disk is read once a request has come", True, _without_read_ahead),
         Arm("jserve, preempt=recompute", "never copied out to be copied back", True, _recompute),
         Arm("jserve, chunk=static", "chunks of prompts up to the token budget, always", True, _static_chunks),
         Arm("jserve, order=fcfs", "nobody passes one that does not fit", True, _without_reordering),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -154,6 +155,7 @@ class TimedTransfer:
         self._out, self._in = _Link(cost.device_to_host), _Link(cost.host_to_device)
         self._reading, self._writing = _Link(cost.disk_read), _Link(cost.disk_write)
         self._copies: list[_Copy] = []
+        self._reads: deque[float] = deque()
         self._cancelled: set[int] = set()
         clock.alarms.append(self._next_s)
 
@@ -169,6 +171,7 @@ class TimedTransfer:
 
     def read(self, ticket: int, key: bytes, host_slot: int) -> None:
         self._start(self._reading, ticket, 1, 1)
+        self._reads.append(self._reading.free_s)
 
     def delete(self, key: bytes) -> None:
         """Takes no time."""
@@ -178,6 +181,8 @@ class TimedTransfer:
 
     def poll(self) -> list[Completion]:
         now_s, ended = self._clock.now(), []
+        while self._reads and self._reads[0] <= now_s:
+            self._reads.popleft()
         while self._copies and self._copies[0].end_s <= now_s:
             copy = heapq.heappop(self._copies)
             if copy.ticket in self._cancelled:
@@ -185,6 +190,11 @@ class TimedTransfer:
             else:
                 ended.append(Completion(copy.ticket, seconds=copy.seconds, num_bytes=copy.num_bytes))
         return ended
+
+    @property
+    def next_read_s(self) -> float:
+        """When a read that is under way ends, the first; infinite if none is."""
+        return self._reads[0] if self._reads else math.inf
 
     def close(self) -> None:
         self._copies.clear()

@@ -140,6 +140,7 @@ def _cache(described: System, clock: TimedClock) -> KVCache:
         store_budget=stores_a_step(described.token_budget, block),
         wait_limit_s=said.load_timeout_s,
         device_reuse=said.device_reuse,
+        read_ahead_s=said.read_ahead_s,
     )
 
 
@@ -172,6 +173,9 @@ def simulate(
     watch(engine)
 
     def look_ahead(engine: Engine, due_s: float) -> int:
+        cache = engine.cache
+        if isinstance(cache, TieredCache) and isinstance(cache.tiers.transfer, TimedTransfer):
+            due_s = min(due_s, cache.tiers.transfer.next_read_s)  # then the next may start
         return executor.steps_until(engine.scheduler.running, due_s, most_steps)
 
     played = play(engine, work, span=span, progress=progress, look_ahead=look_ahead, users=users)

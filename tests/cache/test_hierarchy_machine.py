@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tiers_world import BLOCK, VOCAB, World
 
+from jserve.cache.returns import ENOUGH
 from jserve.cache.transfer import Completion
 from jserve.config import SchedConfig
 from jserve.simulated import expected_tokens
@@ -29,7 +30,8 @@ class Hierarchy(RuleBasedStateMachine):
             st.integers(12, 18), st.sampled_from([14, 20, 7, 40, 1]), st.sampled_from([200, 200, 30, None, 1])
         ),
         strategy=st.sampled_from(["always", "always", "cost", "flashgen"]),
-        eviction=st.sampled_from(["lru", "fifo", "lookahead"]),
+        eviction=st.sampled_from(["lru", "fifo", "lookahead", "returns", "returns"]),
+        ahead=st.sampled_from([0.0, 1e-6, 1e-4, 1e-4]),
         staging=st.sampled_from([100, 4, 0]),
         budget=st.sampled_from([1, 16]),
         switches=st.tuples(st.booleans(), st.booleans(), st.booleans()),
@@ -38,7 +40,7 @@ class Hierarchy(RuleBasedStateMachine):
         running=st.integers(1, 4),
         seed=st.integers(0, 99),
     )
-    def start(self, sizes, strategy, eviction, staging, budget, switches, order, preempt, running, seed) -> None:  # type: ignore[no-untyped-def]
+    def start(self, sizes, strategy, eviction, ahead, staging, budget, switches, order, preempt, running, seed) -> None:  # type: ignore[no-untyped-def]
         device, host, disk_blocks = sizes
         orders_loads, device_reuse, self.repeats = switches
         self.random = random.Random(seed)
@@ -59,8 +61,12 @@ class Hierarchy(RuleBasedStateMachine):
             store_budget=budget,
             device_reuse=device_reuse,
             orders_loads=orders_loads,
+            read_ahead_s=ahead,
             sched=SchedConfig(max_running=running, token_budget=16, order=order, preempt=preempt),
         )
+        if ahead:  # else so few conversations would never be predicted to return
+            for i in range(2 * ENOUGH):
+                self.world.cache.tiers.returns.model.observe(i % 9, self.random.random() + i % 9)
         self.told: list[Completion] = []
         self.poll = self.world.transfer.poll
         self.world.transfer.poll = self.repeated  # type: ignore[method-assign]

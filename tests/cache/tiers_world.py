@@ -52,6 +52,7 @@ class World:
         store_budget: int = 16,
         device_reuse: bool = True,
         orders_loads: bool = False,
+        read_ahead_s: float = 0.0,
         sched: SchedConfig | None = None,
     ) -> None:
         self.clock = SimulatedClock()
@@ -72,6 +73,7 @@ class World:
             wait_limit_s=wait_limit_s,
             store_budget=store_budget,
             device_reuse=device_reuse,
+            read_ahead_s=read_ahead_s,
             note=self.notes.append,
         )
         info = EngineInfo("simulated", "simulated", VOCAB, 1000, BLOCK, device, 16, "none", "simulated", 0, 0)

@@ -261,10 +261,11 @@ class Engine:
             outputs += self._commit(*previous)
             self._observe(previous[0])
         self._alone_since_s = start_s if previous is None else None
+        idle = previous is None and self._launched is None
         if self._launched is not None and not self.config.runner.overlap:
             outputs += self._commit(*self._launched)
             self._launched = None
-        if previous is None and self._launched is None and not outputs:
+        if idle and not outputs:
             self.clock.wait(COPY_WAIT_S)  # only copies are under way
         return outputs
 

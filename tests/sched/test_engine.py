@@ -49,6 +49,14 @@ def test_a_request_gets_the_tokens_of_its_model() -> None:
     assert_nothing_is_held(engine)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_prompt_of_several_steps_waits_for_nothing_between_them(overlap: bool) -> None:
+    engine = make_engine(overlap=overlap, budget=16)
+    engine.add(request("long", [5] * 48, 1))
+    run(engine)
+    assert engine.clock.now() == pytest.approx(3 * 0.01)
+
+
 def test_the_second_turn_finds_the_whole_blocks_of_the_first() -> None:
     engine = make_engine()
     first = list(range(10))

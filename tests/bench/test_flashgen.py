@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import flashgen, flashgen_published
+from bench import flashgen, flashgen_published, report
 from bench.flashgen_figures import draw_all
 from bench.flashgen_runs import MODELS, Point, Run, described, read_points, run_all, simulated, throughput_at
 from jserve.progress import SilentProgress
@@ -63,7 +63,8 @@ def test_an_ablation_changes_one_setting_of_the_jserve_arm() -> None:
         assert len(changed) == 1, name
 
 
-def test_a_point_is_the_same_every_time_and_in_another_process(tmp_path: Path) -> None:
+def test_a_point_is_the_same_every_time_and_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(report.ROOT))  # processes of their own import `bench` as the command does
     once = simulated(SMALL)
     assert once == simulated(SMALL)
     kept = tmp_path / "points.jsonl"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 from jserve import checkpoints, tiers
+from jserve.cache import read_ahead
 from jserve.cache.hierarchy import TieredCache
-from jserve.config import CacheConfig, EngineConfig, Preempt, RunnerConfig, SchedConfig
+from jserve.cache.returns import GapModel
+from jserve.config import CacheConfig, EngineConfig, Eviction, Preempt, RunnerConfig, SchedConfig
 from jserve.engine import Engine
 from jserve.errors import ConfigError
 from jserve.progress import SilentProgress
@@ -47,6 +50,7 @@ def make_engine(
     restore: str = "always",
     tp: int = 1,
     preempt: Preempt = "recompute",
+    eviction: Eviction = "lru",
 ) -> Engine:
     mesh = make_mesh(tp)
     loaded = checkpoints.load(MODEL, mesh=mesh, dtype=np.float32)
@@ -59,6 +63,7 @@ def make_engine(
             disk_dir=str(directory) if directory else None,
             disk_gib=block_gib(disk),
             restore=restore,
+            eviction=eviction,
         ),
         sched=SchedConfig(max_running=4, token_budget=32, preempt=preempt),
         runner=RunnerConfig(token_buckets=(8, 32)),
@@ -67,8 +72,8 @@ def make_engine(
     return Engine(config, runner.info, runner, cache=build_cache(config, runner, SilentProgress()))
 
 
-def chat(engine: Engine, turns: int = 3) -> dict[str, list[int]]:
-    """Six users talk turn by turn, two at a time; what each was told."""
+def chat(engine: Engine, turns: int = 3, pause: Callable[[], None] = lambda: None) -> dict[str, list[int]]:
+    """Six users talk turn by turn, two at a time, and pause before each turn; what each was told."""
     rng = random.Random(3)
     history = {f"user{i}": [rng.randrange(3, engine.info.vocab_size) for _ in range(9 + i)] for i in range(6)}
     told: dict[str, list[int]] = {name: [] for name in history}
@@ -81,6 +86,7 @@ def chat(engine: Engine, turns: int = 3) -> dict[str, list[int]]:
                 for output in engine.step():
                     history[output.request_id] += output.token_ids
                     told[output.request_id] += output.token_ids
+            pause()
             for name in pair:
                 history[name] += [rng.randrange(3, engine.info.vocab_size) for _ in range(4)]
     return told
@@ -122,6 +128,31 @@ def test_histories_come_back_from_disk_with_the_same_tokens(
     assert chat(engine) == plain
     assert (tiers_of(engine).tier_stats.disk_hit_tokens > 0) == (restore == "always") or restore in ("cost", "flashgen")
     assert tiers_of(engine).tier_stats.written_blocks > 0
+    check_idle(engine)
+    engine.close()
+
+
+def test_what_is_read_ahead_has_the_same_tokens(
+    plain: dict[str, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predictions are thrown at random here, so that much is read and much of it for nothing."""
+    rng = random.Random(5)
+    monkeypatch.setattr(GapModel, "gap_s", lambda model, tokens: 0.2 * rng.random())
+    monkeypatch.setattr(read_ahead, "MARGIN", 1.0)
+    monkeypatch.setattr(read_ahead, "MARGIN_S", 0.0)
+    engine = make_engine(device=24, host=26, directory=tmp_path, eviction="returns")
+    tiers = tiers_of(engine).tiers
+
+    def pause() -> None:
+        for _ in range(5):
+            time.sleep(0.01)
+            tiers_of(engine).poll(engine.clock.now())
+            while engine.has_work:
+                engine.step()
+
+    assert chat(engine, pause=pause) == plain
+    assert tiers.stats.read_ahead_blocks > 0
+    assert tiers.stats.failed_reads == 0
     check_idle(engine)
     engine.close()
 

@@ -83,7 +83,7 @@ class TieredCache(KVCache):
         self._running = running
         extend_keys(table.keys, table.root, token_ids, self.block_size)
         num_tokens = len(token_ids)
-        table.restore = restore = Restore(table, num_tokens, self.cost.prefill.seconds(num_tokens))
+        table.restore = restore = Restore(table, num_tokens, self.tiers.now_s, self.cost.prefill.seconds(num_tokens))
         self.tiers.restores[restore] = None
         # Those ahead will keep it waiting for as long as their prompts take, at the least.
         self._decide(restore, waiting, self._queued_s)

@@ -20,6 +20,8 @@ class Restore:
     table: BlockTable
     num_tokens: int
     """Of the prompt."""
+    since_s: float = 0.0
+    """When it came."""
     prefill_s: float = 0.0
     """What computing the whole prompt is predicted to take: as long as it waits, it hides the reads of others."""
     split: int = 0

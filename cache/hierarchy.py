@@ -321,6 +321,7 @@ class TieredCache(KVCache):
         return bool(self.tiers.under_way or self.stores) or self.writes.busy
 
     def drain(self) -> None:
+        self.ahead.seconds = 0.0
         if self.disk is not None:
             self.disk.writing.end()
 

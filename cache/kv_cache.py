@@ -236,7 +236,8 @@ class KVCache:
         return False
 
     def drain(self) -> None:
-        """The engine is about to close: try once more what was put off because the disk had failed."""
+        """The engine is about to close: try once more what was put off because the disk had failed, and begin nothing
+        that only later requests would need."""
 
     def prefill_s(self, tokens: int) -> float | None:
         """What computing a prompt is predicted to take, alone; None if that is not known."""

@@ -226,6 +226,18 @@ def test_a_read_ahead_that_never_ends_is_given_up() -> None:
     world.check_nothing_is_held()
 
 
+def test_an_engine_that_closes_reads_nothing_ahead() -> None:
+    world = World(device=12, host=22, disk_blocks=400, eviction="returns", read_ahead_s=1.0)
+    talk(world, chats=9, turns=60)
+    world.cache.drain()
+    before = world.cache.tier_stats.read_ahead_blocks
+    assert before > 0
+    for _ in range(50):
+        world.clock.wait(1.0)
+        world.cache.poll(world.clock.now())
+    assert world.cache.tier_stats.read_ahead_blocks == before
+
+
 def test_after_a_restart_nothing_is_read_ahead_until_something_sleeps() -> None:
     before = World(device=12, host=22, disk_blocks=400)
     talk(before, chats=5, turns=20)

@@ -10,6 +10,9 @@ Of a conversation that is overdue less is expected the longer it is, for many ha
 to be as far away as its predicted time has passed. So `distance_s` is that of the predicted time from now, on either
 side; `eviction.by_return` goes by the same.
 
+A return is known by its prompt going on from the answer, token for token. Where a template leaves out what was answered
+(as it may the reasoning), none is seen, nothing is learned, and nothing predicted.
+
 Pure bookkeeping over keys and times: it reads no clock, and does not know the tiers.
 """
 

@@ -5,8 +5,10 @@ that is seen later (`observe`). `restore_strategy` names the functions that choo
 much of its prefix comes from which tier; `swap_or_recompute` chooses for a preempted sequence. All of it is
 arithmetic: nothing here measures, copies or remembers requests.
 
-A strategy chooses one number, the split: blocks before it are loaded, tokens from it on are computed. The loaded part
-is always a prefix, because a token's KV can only be computed when all KV before it is there.
+A token's KV can only be computed when all KV before it is there. So either a prefix is loaded, up to a split, and then
+the rest is computed; or, as in Cake (arXiv 2410.03065), the prompt is computed from its front while the end of what the
+tiers have of it is loaded: a gap is left, which is closed from behind, and the computation goes on after it. That takes
+the longer of the two times instead of their sum.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ _FORMAT = 1
 _STEP = 0.1  # share of the (logarithmic) error that one observation corrects
 _MOST_PER_OBSERVATION = math.log(2)  # what one outlier may claim
 _MOST_SCALE = 16.0
+_GAP_SAVES = 0.2
+"""What a gap must save of the time that the best split takes: before and after it, the computation goes in chunks of
+its own, smaller than a step could be."""
 
 
 def _corrected(scale: float, predicted_s: float, observed_s: float) -> float:
@@ -209,7 +214,7 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """What to do for one request: load, stage, and compute the rest."""
+    """What to do for one request: load, stage, and compute the rest; or load, and compute up to and after the gap."""
 
     load_host_blocks: int
     """Blocks to copy from host to device, from the device's reach on."""
@@ -217,6 +222,9 @@ class RestorePlan:
     """Blocks to read from disk to host now, from the host's reach on."""
     deferred_disk_blocks: int
     """Blocks that would be read too if staging had room: ask again when it has, while the request still waits."""
+    gap: tuple[int, int]
+    """From block, to block: what is brought from host and disk while that before it is computed; (0, 0) if nothing is.
+    With a gap, nothing is staged or deferred."""
     recompute_tokens: int
     """Tokens of the prompt to compute: those that no tier has, and those that are not worth loading."""
     ttft_s: float
@@ -230,9 +238,11 @@ class RestorePlan:
     @property
     def reason(self) -> str:
         """In a line, for people."""
+        start, end = self.gap
+        gap = f", bring {end - start} more blocks beside it" if end else ""
         return (
             f"{self.why}: load {self.load_host_blocks} and stage {self.stage_disk_blocks} blocks, compute "
-            f"{self.recompute_tokens} tokens in {self.ttft_s:.4g} s ({self.recompute_ttft_s:.4g} s if nothing is "
+            f"{self.recompute_tokens} tokens{gap} in {self.ttft_s:.4g} s ({self.recompute_ttft_s:.4g} s if nothing is "
             f"loaded, {self.load_ttft_s:.4g} s if all is)"
         )
 
@@ -242,7 +252,7 @@ Strategy = Callable[[CostModel, Reach], RestorePlan]
 
 @dataclass(slots=True)
 class _Outlook:
-    """The time to first token as a function of the split, in blocks.
+    """The time to first token as a function of the split, or of the gap, in blocks.
 
     A block of the disk part is read during the time that the queue takes anyway (`hidden_s`); what is left of the
     reading, the copies from host to device and the computation follow. So for host reach h and device reach d
@@ -250,13 +260,19 @@ class _Outlook:
         load(x)    = max(0, (x - h)·t_disk - hidden) + (x - d)·t_link
         compute(x) = prefill(prompt - x·block, x·block)
 
-    and the time to first token is hidden + load(x) + compute(x); or hidden + max(load(x), compute(x)), where the
-    engine computes a layer while the next layer's KV is being copied (PipeSwitch; FlashGen §3.2.2).
+    and the time to first token is hidden + load(x) + compute(x).
+
+    With a gap from s to e, what is in front of s is there, loaded or computed, and then
+
+        bring(s)  = max((e - s)·t_link, what is left of reading + t_link)   (blocks are copied on as they come)
+        before(s) = prefill((s - front)·block, front·block)
+
+    take their time beside each other; compute(e) follows. `front` is h, if the host's part is loaded first; or d, if it
+    is part of what is computed or brought.
     """
 
     model: CostModel
     reach: Reach
-    layerwise: bool
     _disk_s: float = field(init=False)
     _link_s: float = field(init=False)
 
@@ -264,46 +280,98 @@ class _Outlook:
         self._disk_s = self.model.stage_s(1)
         self._link_s = self.model.load_s(1)
 
+    def read_s(self, blocks: int, beside_s: float = 0.0) -> float:
+        """What is left of reading so many blocks when the request is admitted, and so much later."""
+        return max(0.0, blocks * self._disk_s - self.reach.hidden_s - beside_s)
+
     def load_s(self, split: int) -> float:
-        staged = max(0, split - self.reach.host_blocks)
-        read_s = max(0.0, staged * self._disk_s - self.reach.hidden_s)
-        return read_s + (split - self.reach.device_blocks) * self._link_s
+        reach = self.reach
+        return self.read_s(max(0, split - reach.host_blocks)) + (split - reach.device_blocks) * self._link_s
 
     def compute_s(self, split: int) -> float:
         cached = split * self.model.block_tokens
         return self.model.prefill.seconds(max(1, self.reach.prompt_tokens - cached), cached)
 
     def ttft_s(self, split: int) -> float:
-        return self.delay_s(split, others=0)
+        return self.reach.hidden_s + self.load_s(split) + self.compute_s(split)
 
-    def delay_s(self, split: int, others: int) -> float:
+    def delay_s(self, split: int) -> float:
         """What all together wait: the request itself, and those beside it for the device's time that it takes."""
-        load_s, compute_s = self.load_s(split), self.compute_s(split)
-        alone_s = max(load_s, compute_s) if self.layerwise else load_s + compute_s
-        return self.reach.hidden_s + alone_s + others * compute_s
+        reach = self.reach
+        return reach.hidden_s + self.load_s(split) + (1 + reach.others) * self.compute_s(split)
 
     def best_split(self, most: int) -> int:
         """The split up to `most` blocks with the least delay; of equal ones the longest load.
 
         compute(x) is concave and falls, load(x) is linear but for two corners: at the host's reach, and where the
-        disk part is no longer hidden. So the sum is least at an end or a corner, and the maximum (a falling against
-        a rising function) where the two meet.
+        disk part is no longer hidden. So the sum is least at an end or a corner.
         """
         reach = self.reach
         hidden = reach.host_blocks
         if self._disk_s > 0:
             hidden += math.floor(min(reach.hidden_s / self._disk_s, most))
         corners = {reach.device_blocks, reach.host_blocks, hidden, hidden + 1, most}
-        if self.layerwise:
-            meeting = self._meeting(reach.device_blocks, most)
-            corners |= {max(reach.device_blocks, meeting - 1), meeting}
-        return min((x for x in corners if x <= most), key=lambda x: (self.delay_s(x, reach.others), -x))
+        return min((x for x in corners if x <= most), key=lambda x: (self.delay_s(x), -x))
 
-    def _meeting(self, low: int, high: int) -> int:
-        """The first split at which loading takes as long as computing; `high` if none."""
+    def bring_s(self, front: int, start: int, end: int) -> float:
+        """From when what is in front is there, until the gap is closed."""
+        reach, link_s = self.reach, self._link_s
+        read_s = self.read_s(max(0, end - max(start, reach.host_blocks)), (front - reach.device_blocks) * link_s)
+        return max((end - start) * link_s, read_s + link_s)
+
+    def gap_times_s(self, front: int, start: int, end: int) -> tuple[float, float]:
+        """Time to first token, and what of it the device computes."""
+        reach, block = self.reach, self.model.block_tokens
+        front_s = (front - reach.device_blocks) * self._link_s
+        before_s = self.model.prefill.seconds((start - front) * block, front * block)
+        after_s = self.compute_s(end)
+        beside_s = max(before_s, self.bring_s(front, start, end))
+        return reach.hidden_s + front_s + beside_s + after_s, before_s + after_s
+
+    def best_gap(self, room: int, instead_of: int) -> tuple[int, int, int] | None:
+        """Front, start and end of the gap with the least delay, if it saves enough of what this split takes.
+
+        It ends where the tiers' reach does, or the room: the later a block, the longer it takes to be computed.
+        """
+        reach = self.reach
+        device, host, disk = reach.device_blocks, reach.host_blocks, reach.disk_blocks
+        best, below_s = None, self.delay_s(instead_of)
+        below_s -= _GAP_SAVES * (below_s - reach.hidden_s)
+        for front, end in ((device, min(disk, host + room)), (host, disk)):
+            low, high = front + 1, min(host, end - 1) if front < host else end - 1
+            low = max(low, end - room) if front == host else low
+            front_s = (front - device) * self._link_s
+            if low > high or reach.hidden_s + front_s + (1 + reach.others) * self.compute_s(end) >= below_s:
+                continue
+            start = self._best_start(front, low, high, end)
+            ttft_s, device_s = self.gap_times_s(front, start, end)
+            delay_s = ttft_s + reach.others * device_s
+            if delay_s < below_s:
+                best, below_s = (front, start, end), delay_s
+        return best
+
+    def _best_start(self, front: int, low: int, high: int, end: int) -> int:
+        """Of a gap that starts between `low` and `high`: the start with the least delay.
+
+        before(s) is convex and rises, bring(s) is the maximum of falling lines. So the delay is convex in s, and the
+        sign of its slope tells on which side the least is.
+        """
+        prefill, block = self.model.prefill, self.model.block_tokens
+        host, others = self.reach.host_blocks, self.reach.others
+        disk_s, link_s = self._disk_s, self._link_s
+        lead_s = self.reach.hidden_s + (front - self.reach.device_blocks) * link_s - link_s
+        linear = prefill.scale * block * (prefill.per_token_s + prefill.per_pair_s * block * front)
+        square, fixed = prefill.scale * prefill.per_pair_s * block * block / 2, prefill.scale * prefill.overhead_s
         while low < high:
             middle = (low + high) // 2
-            if self.load_s(middle) >= self.compute_s(middle):
+            count = middle - front
+            before_s = fixed + (linear + square * count) * count
+            more_s = linear + square * (2 * count + 1)  # for one block more
+            unread = end - (middle if middle > host else host)
+            brought_s = (end - middle) * link_s
+            now_s = max(before_s, brought_s, link_s, unread * disk_s - lead_s)
+            later_s = max(before_s + more_s, brought_s - link_s, link_s, (unread - (middle >= host)) * disk_s - lead_s)
+            if now_s <= later_s + others * more_s:
                 high = middle
             else:
                 low = middle + 1
@@ -318,6 +386,7 @@ def _plan(outlook: _Outlook, split: int, wanted: int, why: str) -> RestorePlan:
         min(split, reach.host_blocks) - reach.device_blocks,
         max(0, split - reach.host_blocks),
         max(0, wanted - max(split, reach.host_blocks)),
+        (0, 0),
         max(1, reach.prompt_tokens - split * outlook.model.block_tokens),
         ttft_s,
         recompute_s,
@@ -326,51 +395,69 @@ def _plan(outlook: _Outlook, split: int, wanted: int, why: str) -> RestorePlan:
     )
 
 
+def _gap_plan(outlook: _Outlook, front: int, start: int, end: int) -> RestorePlan:
+    reach, block = outlook.reach, outlook.model.block_tokens
+    return RestorePlan(
+        front - reach.device_blocks,
+        0,
+        0,
+        (start, end),
+        (start - front) * block + reach.prompt_tokens - end * block,
+        outlook.gap_times_s(front, start, end)[0],
+        outlook.ttft_s(reach.device_blocks),
+        outlook.ttft_s(reach.disk_blocks),
+        "least time",
+    )
+
+
 def _with_room(outlook: _Outlook, wanted: int, why: str) -> RestorePlan:
     """For the fixed rules: stage as much of `wanted` as there is room for."""
     return _plan(outlook, min(wanted, outlook.reach.host_blocks + outlook.reach.staging_room_blocks), wanted, why)
 
 
-def by_cost(model: CostModel, reach: Reach, *, layerwise: bool = False) -> RestorePlan:
+def by_cost(model: CostModel, reach: Reach) -> RestorePlan:
     """Whatever gives the first token soonest."""
-    outlook = _Outlook(model, reach, layerwise)
-    wanted = outlook.best_split(reach.disk_blocks)
-    most = reach.host_blocks + reach.staging_room_blocks
-    return _plan(outlook, wanted if wanted <= most else outlook.best_split(most), wanted, "least time")
+    outlook = _Outlook(model, reach)
+    wanted, room = outlook.best_split(reach.disk_blocks), reach.staging_room_blocks
+    most = reach.host_blocks + room
+    split = wanted if wanted <= most else outlook.best_split(most)
+    gap = outlook.best_gap(room, instead_of=split)
+    if gap is not None:
+        return _gap_plan(outlook, *gap)
+    if most < reach.disk_blocks and (wider := outlook.best_gap(reach.disk_blocks, instead_of=wanted)) is not None:
+        wanted = max(wanted, reach.host_blocks + wider[2] - max(wider[1], reach.host_blocks))
+    return _plan(outlook, split, wanted, "least time")
 
 
-def by_flashgen(model: CostModel, reach: Reach, *, layerwise: bool = False) -> RestorePlan:
+def by_flashgen(model: CostModel, reach: Reach) -> RestorePlan:
     """FlashGen §3.3: the host always; the disk if a request ahead hides the read, that is if at least one waits."""
     if reach.waiting < 1:
-        return _with_room(_Outlook(model, reach, layerwise), reach.host_blocks, "nobody waits ahead")
-    return _with_room(_Outlook(model, reach, layerwise), reach.disk_blocks, f"{reach.waiting} wait ahead")
+        return _with_room(_Outlook(model, reach), reach.host_blocks, "nobody waits ahead")
+    return _with_room(_Outlook(model, reach), reach.disk_blocks, f"{reach.waiting} wait ahead")
 
 
-def by_threshold(model: CostModel, reach: Reach, *, tokens: int, layerwise: bool = False) -> RestorePlan:
+def by_threshold(model: CostModel, reach: Reach, *, tokens: int) -> RestorePlan:
     """FlashGen's rule, and only for long reads: the authors' public code asks for 2048 tokens that only disk has."""
     on_disk = (reach.disk_blocks - reach.host_blocks) * model.block_tokens
     if on_disk < tokens:
         why = f"{on_disk} tokens on disk are fewer than {tokens}"
-        return _with_room(_Outlook(model, reach, layerwise), reach.host_blocks, why)
-    return by_flashgen(model, reach, layerwise=layerwise)
+        return _with_room(_Outlook(model, reach), reach.host_blocks, why)
+    return by_flashgen(model, reach)
 
 
-def always_load(model: CostModel, reach: Reach, *, layerwise: bool = False) -> RestorePlan:
+def always_load(model: CostModel, reach: Reach) -> RestorePlan:
     """Every block that any tier has."""
-    return _with_room(_Outlook(model, reach, layerwise), reach.disk_blocks, "always load")
+    return _with_room(_Outlook(model, reach), reach.disk_blocks, "always load")
 
 
-def never_load(model: CostModel, reach: Reach, *, layerwise: bool = False) -> RestorePlan:
+def never_load(model: CostModel, reach: Reach) -> RestorePlan:
     """Only what is on the device."""
-    return _with_room(_Outlook(model, reach, layerwise), reach.device_blocks, "never load")
+    return _with_room(_Outlook(model, reach), reach.device_blocks, "never load")
 
 
-def restore_strategy(name: str, *, layerwise: bool = False) -> Strategy:
-    """The strategy of this name: cost, flashgen, threshold:N, always or never; ConfigError for another.
-
-    `layerwise`: whether the engine computes one layer while it copies the next layer's KV.
-    """
-    chosen: dict[str, Callable[..., RestorePlan]] = {
+def restore_strategy(name: str) -> Strategy:
+    """The strategy of this name: cost, flashgen, threshold:N, always or never; ConfigError for another."""
+    chosen: dict[str, Strategy] = {
         "cost": by_cost,
         "flashgen": by_flashgen,
         "always": always_load,
@@ -379,11 +466,10 @@ def restore_strategy(name: str, *, layerwise: bool = False) -> Strategy:
     kind, colon, number = name.partition(":")
     if kind == "threshold" and number.isdecimal():
         tokens = int(number)
-        return lambda model, reach: by_threshold(model, reach, tokens=tokens, layerwise=layerwise)
+        return lambda model, reach: by_threshold(model, reach, tokens=tokens)
     if colon or kind not in chosen:
         raise ConfigError(f"there is no restore strategy {name!r}: use one of {', '.join(chosen)}, or threshold:TOKENS")
-    choose = chosen[kind]
-    return lambda model, reach: choose(model, reach, layerwise=layerwise)
+    return chosen[kind]
 
 
 # --- preemption

@@ -27,12 +27,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from jserve.cache.block_keys import extend_keys
-from jserve.cache.cost import CostModel, Reach, Strategy, SwapDecision, swap_or_recompute
+from jserve.cache.cost import CostModel, Reach, RestorePlan, Strategy, SwapDecision, swap_or_recompute
 from jserve.cache.disk_tier import DiskTier
+from jserve.cache.gap import Gap, Gaps
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import Admission, BlockTable, KVCache, Staging
 from jserve.cache.read_ahead import ReadAhead
-from jserve.cache.restore import ENDLESS, Load, Read, Restore, Store, Write
+from jserve.cache.restore import ENDLESS, GapLoad, GapRead, Load, Read, Restore, Store, Write
 from jserve.cache.staging import StagingRegion
 from jserve.cache.tiers import Tiers
 from jserve.cache.transfer import Completion, Transfer
@@ -65,6 +66,7 @@ class TieredCache(KVCache):
         self.host, self.disk, self.cost, self.tier_stats = host, disk, cost, self.tiers.stats
         self.staging = StagingRegion(self.tiers, staging_blocks)
         self.ahead = ReadAhead(self.tiers, self.staging, read_ahead_s)
+        self.gaps = Gaps(self.tiers, self.staging)
         self.stores = WriteThrough(self.tiers, store_budget)
         self.writes = WriteBack(self.tiers)
         self.strategy, self.wait_limit_s = strategy, wait_limit_s
@@ -91,7 +93,8 @@ class TieredCache(KVCache):
         self._queued_s += restore.prefill_s
         self._queue_changed = True
         deferred = restore.wanted - restore.split
-        return Staging(restore.staging, deferred) if restore.staging or deferred else None
+        reading = restore.staging + (table.gap.end - table.gap.above_disk if table.gap is not None else 0)
+        return Staging(reading, deferred) if reading or deferred else None
 
     def _decide(self, restore: Restore, waiting: int, hidden_s: float) -> None:
         """How much of the prefix to restore; pins what the host has of it. `poll` reads what only disk has."""
@@ -106,7 +109,9 @@ class TieredCache(KVCache):
         restore.next_read = min(host, restore.split)
         restore.settled = restore.next_read if not self.host.num_filling else min(device, restore.split)
         restore.keep(self.host, restore.next_read)
-        self._count(plan.load_host_blocks, plan.stage_disk_blocks, disk - restore.wanted)
+        if plan.gap[1]:
+            self.gaps.add(restore.table, *plan.gap, host)
+        self._count(plan, reach)
         if plan.deferred_disk_blocks:
             self.staging.deferred[restore] = None
         else:
@@ -126,11 +131,14 @@ class TieredCache(KVCache):
         self.ahead.arrived(keys, {device, host, disk})
         return device, max(device, host), max(device, host, disk)
 
-    def _count(self, loaded: int, staged: int, recomputed: int) -> None:
+    def _count(self, plan: RestorePlan, reach: Reach) -> None:
         stats = self.tier_stats
+        start, end = plan.gap
+        brought = plan.load_host_blocks + plan.stage_disk_blocks + end - start
+        recomputed = reach.disk_blocks - reach.device_blocks - brought - plan.deferred_disk_blocks
         stats.decisions += 1
-        stats.load_decisions += loaded > 0
-        stats.stage_decisions += staged > 0
+        stats.load_decisions += plan.load_host_blocks > 0 or start < min(end, reach.host_blocks)
+        stats.stage_decisions += plan.stage_disk_blocks > 0 or end > reach.host_blocks
         stats.recompute_decisions += recomputed > 0
         stats.recomputed_blocks += recomputed
 
@@ -184,6 +192,10 @@ class TieredCache(KVCache):
         else:
             table.num_published = len(found)
             self._settle(table)
+        if table.gap is not None:
+            self.gaps.admitted(table.gap, len(found))
+        if table.gap is not None and not loading:
+            loading = table.num_published >= table.gap.start
         return Admission(len(found) * self.block_size, loading)
 
     def _load(self, table: BlockTable, places: list[int], reach: int) -> bool:
@@ -204,7 +216,7 @@ class TieredCache(KVCache):
         restore.load_ticket = self.tiers.ticket(Load(restore, len(places), last_of_runs))
         slots, blocks = [self.host.slot(table.keys[i]) for i in places], [table.blocks[i] for i in places]
         restore.loaded = self.tiers.transfer.load(restore.load_ticket, slots, blocks) or None
-        return self.restored(table) is not None
+        return self._take_loaded(table, restore)
 
     def _count_hits(self, table: BlockTable, loaded: list[int], reach: int) -> None:
         if table.counted:
@@ -216,24 +228,51 @@ class TieredCache(KVCache):
         self.tier_stats.disk_hit_tokens += from_disk * self.block_size
         table.counted = True
 
+    def computable(self, table: BlockTable, num_tokens: int) -> int:
+        return num_tokens if table.gap is None else table.gap.start * self.block_size
+
     def restored(self, table: BlockTable) -> int | None:
-        """Of a loading request: the leading tokens that have their KV now, or None while the load is under way."""
         restore = table.restore
-        assert restore is not None
-        if restore.loaded is None:
+        if restore is not None and not self._take_loaded(table, restore):
             return None
+        gap = table.gap
+        if gap is not None and table.num_published >= gap.start and not self._take_gap(table, gap):
+            return None
+        return table.num_published * self.block_size
+
+    def _take_loaded(self, table: BlockTable, restore: Restore) -> bool:
+        """Whether the load has ended."""
+        if restore.loaded is None:
+            return False
         blocks = restore.reach_blocks if restore.loaded else restore.device_blocks
         for i in range(restore.device_blocks, blocks):
             self.index.publish(table.keys[i], table.blocks[i])
         table.num_published = blocks
         self._settle(table)
-        return blocks * self.block_size
+        return True
+
+    def _take_gap(self, table: BlockTable, gap: Gap) -> bool:
+        """Whether the gap is closed, and the computation can go on after it."""
+        if not gap.is_closed:
+            gap.deadline_s = min(gap.deadline_s, self.tiers.now_s + self.wait_limit_s)
+            return False
+        for i in range(gap.start, gap.end):
+            if self.index.publish(table.keys[i], table.blocks[i]):
+                self._on_published(table, i)
+        table.num_published = gap.end
+        from_disk = gap.end - gap.first_read
+        self.tier_stats.host_hit_tokens += (gap.first_read - gap.start) * self.block_size
+        self.tier_stats.disk_hit_tokens += from_disk * self.block_size
+        self.tier_stats.closed_gaps += 1
+        self.gaps.close(table)
+        return True
 
     def ended(self, table: BlockTable, answer_tokens: int) -> None:
         self.ahead.ended(table.keys[: table.num_published], answer_tokens)
 
     def release(self, table: BlockTable) -> None:
         self._settle(table)
+        self.gaps.close(table)
         if self.device_reuse:
             super().release(table)
             return
@@ -273,6 +312,10 @@ class TieredCache(KVCache):
         """Copy to the host what the launched steps fill."""
         self.stores.step()
 
+    def truncate(self, table: BlockTable, num_blocks: int) -> None:
+        self.gaps.close(table)  # its blocks are among those given back
+        super().truncate(table, num_blocks)
+
     def swap_out(self, table: BlockTable, num_blocks: int = 0) -> int:
         self._settle(table)
         keys, full = table.keys, table.num_published
@@ -307,6 +350,10 @@ class TieredCache(KVCache):
                     self.staging.ended(operation, end)
                 case Write():
                     self.writes.ended(operation, end)
+                case GapRead():
+                    self.gaps.read_ended(operation, end)
+                case GapLoad():
+                    self.gaps.load_ended(operation, end)
         self._expire()
         self.staging.mend()
         self._look_ahead()
@@ -314,6 +361,7 @@ class TieredCache(KVCache):
         self._stage_deferred()
         self.staging.step()
         self.ahead.step()
+        self.gaps.step()
 
     @property
     def busy(self) -> bool:
@@ -337,8 +385,8 @@ class TieredCache(KVCache):
             "device_bytes": self.num_blocks * size,
             "device_used_bytes": (self.num_blocks - self.pool.num_free + self.pool.num_reclaimable) * size,
             "host_blocks": self.host.num_slots,
-            "host_used_blocks": len(self.host),
-            "host_used_bytes": len(self.host) * size,
+            "host_used_blocks": len(self.host) + self.host.num_borrowed,
+            "host_used_bytes": (len(self.host) + self.host.num_borrowed) * size,
             "host_evictions": self.host.evictions,
             "host_write_back_backlog": self.host.write_back_backlog,
             "staging_blocks": self.staging.taken,
@@ -360,14 +408,7 @@ class TieredCache(KVCache):
     def _loaded(self, load: Load, end: Completion) -> None:
         for key in load.pins:
             self.host.unpin(key)
-        load.restore.loaded = end.error is None
-        self.tier_stats.load_s += end.seconds
-        if end.error is not None:
-            self.tier_stats.failed_loads += 1
-            return
-        self.tier_stats.loaded_blocks += load.blocks
-        self.tier_stats.loaded_bytes += end.num_bytes
-        self.tiers.observe(self.cost.host_to_device, end, load.blocks / self.cost.blocks_per_copy)
+        load.restore.loaded = self.tiers.count_load(load.blocks, end)
 
     def _expire(self) -> None:
         for restore in [restore for restore in self._timed if self.tiers.now_s >= restore.deadline_s]:
@@ -376,12 +417,20 @@ class TieredCache(KVCache):
         late_s = self.tiers.now_s - self.wait_limit_s
         for ticket, operation in list(self.tiers.under_way.items()):
             # A disk that hangs must not keep slots, nor make every later request wait for it.
-            if isinstance(operation, Read | Write) and operation.start_s <= late_s:
+            if isinstance(operation, Read | Write | GapRead) and operation.start_s <= late_s:
+                if ticket not in self.tiers.under_way:
+                    continue  # nobody needs it any more, now that another is given up
                 self.tiers.cancel(ticket)
-                if isinstance(operation, Read):
-                    self.staging.give_up(operation)
-                else:
-                    self.writes.give_up(operation)
+                match operation:
+                    case Read():
+                        self.staging.give_up(operation)
+                    case GapRead():
+                        self.gaps.give_up_read(operation)
+                    case Write():
+                        self.writes.give_up(operation)
+        for gap in [gap for gap in self.gaps.open if self.tiers.now_s >= gap.deadline_s]:
+            self.tier_stats.expired_waits += 1
+            self.gaps.expire(gap)
 
     def _give_up_waiting(self, restore: Restore) -> None:
         if restore.load_ticket is not None:

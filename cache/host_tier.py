@@ -18,6 +18,7 @@ class HostTier:
     def __init__(self, num_slots: int, eviction: str = "lru") -> None:
         self.num_slots = num_slots
         self.evictions = 0
+        self.num_borrowed = 0
         self._order = EvictionOrder(eviction)
         self._slot_of: dict[bytes, int] = {}
         self._parent_of: dict[bytes, bytes | None] = {}
@@ -67,6 +68,16 @@ class HostTier:
         self._order.insert(key, parent, due_s)
         self._order.pin(key)
         return slot
+
+    def borrow(self) -> int | None:
+        """A slot for a block that nobody shall find, until `give_back`; None if every one is pinned or filling."""
+        slot = self._blank.pop() if self._blank else self._evict(keep=None)
+        self.num_borrowed += slot is not None
+        return slot
+
+    def give_back(self, slot: int) -> None:
+        self.num_borrowed -= 1
+        self._blank.append(slot)
 
     def _evict(self, keep: bytes | None) -> int | None:
         """The slot of the next block to go."""

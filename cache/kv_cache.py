@@ -18,6 +18,7 @@ from jserve.cache.cost import SwapDecision
 from jserve.cache.prefix_index import PrefixIndex
 
 if TYPE_CHECKING:
+    from jserve.cache.gap import Gap
     from jserve.cache.restore import Restore
 
 
@@ -53,6 +54,8 @@ class BlockTable:
     """Leading blocks that are in the index, or need not be, because another block there holds the same KV."""
     restore: Restore | None = None
     """What the tiers below the device are doing for the sequence (`hierarchy.TieredCache`)."""
+    gap: Gap | None = None
+    """What comes from the tiers while those tokens before it are computed."""
     counted: bool = False
     """Whether its hits by tier have been counted."""
     watched: tuple[bytes, Any] | None = None
@@ -220,8 +223,16 @@ class KVCache:
         """Whether a sequence with the KV of `num_tokens` should be swapped out when it is preempted."""
         return SwapDecision(False, 0.0, 0.0, "recompute: there is no host tier")
 
+    def computable(self, table: BlockTable, num_tokens: int) -> int:
+        """How many of the sequence's `num_tokens` tokens can be computed now. With the next one begins a gap, whose KV
+        is on its way: `restored` tells when it is there.
+        """
+        return num_tokens
+
     def restored(self, table: BlockTable) -> int | None:
-        """Of a sequence that was admitted as loading: its leading tokens with KV, once that is known."""
+        """Of a sequence that loads, or has been computed up to a gap: its leading tokens with KV, or None while these
+        are not known.
+        """
         raise AssertionError("a cache without tiers loads nothing")
 
     def poll(self, now_s: float) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import BlockTable
+
+if TYPE_CHECKING:
+    from jserve.cache.gap import Gap
 
 ENDLESS = 1 << 60
 
@@ -49,6 +53,11 @@ class Restore:
     """While loading: leading blocks that needed no load."""
     reach_blocks: int = 0
     """While loading: leading blocks that are there once it has succeeded."""
+
+    @property
+    def num_unread(self) -> int:
+        """Blocks that are still to be asked for from disk."""
+        return self.split - self.next_read
 
     def keep(self, host: HostTier, count: int) -> None:
         """Pin what the host has of the first `count` blocks, and nothing else."""
@@ -100,4 +109,31 @@ class Write:
     start_s: float
 
 
-Operation = Store | Load | Read | Write
+@dataclass(slots=True)
+class GapRead:
+    """Disk to a host slot of one request's own, of one block of its gap."""
+
+    key: bytes
+    version: int | None
+    gap: Gap
+    block: int
+    """Of the request."""
+    start_s: float
+
+
+@dataclass(slots=True)
+class GapLoad:
+    """Host to device, of blocks of one request's gap."""
+
+    gap: Gap
+    blocks: list[int]
+    """Of the request, in order."""
+    pins: list[bytes]
+    """The source blocks in the host tier."""
+    slots: list[int]
+    """The other sources."""
+    ordered: bool = False
+    """Whether the steps after its start may use them (`Transfer.load`)."""
+
+
+Operation = Store | Load | Read | Write | GapRead | GapLoad

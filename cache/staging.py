@@ -9,9 +9,15 @@ part of the prefix that is restored: the rest is computed.
 
 from __future__ import annotations
 
-from jserve.cache.restore import Read, Restore
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jserve.cache.restore import GapRead, Read, Restore
 from jserve.cache.tiers import Tiers
 from jserve.cache.transfer import Completion
+
+if TYPE_CHECKING:
+    from jserve.cache.gap import Gap
 
 READS_IN_FLIGHT = 16
 PATIENCE = 4.0
@@ -25,8 +31,9 @@ class StagingRegion:
         self.tiers, self.blocks = tiers, blocks
         self.taken = 0
         """Blocks that are promised, or hold what was read for a request that still waits."""
-        self.unread: dict[Restore, None] = {}
-        """Those with blocks still to be asked for from disk."""
+        self.unread: dict[Restore | Gap, Callable[[Any], bool]] = {}
+        """Those with blocks still to be asked for from disk, and what asks for the next one; False if it has started
+        nothing."""
         self.deferred: dict[Restore, None] = {}
         """Those that would have more read for them, if there were room."""
 
@@ -39,7 +46,7 @@ class StagingRegion:
     def promise(self, restore: Restore, blocks: int) -> None:
         """So many more blocks, up to its split, will be read for it."""
         if blocks:
-            self.unread[restore] = None
+            self.unread[restore] = self._read_next
             restore.staging += blocks
             self.taken += blocks
 
@@ -57,19 +64,19 @@ class StagingRegion:
 
     def step(self) -> None:
         """Start reads, as many as may be under way."""
-        room = READS_IN_FLIGHT - self.tiers.in_flight(Read)
+        room = READS_IN_FLIGHT - self.tiers.in_flight(Read | GapRead)
         while room > 0 and self.unread:
-            restore = min(self.unread, key=self._turn)
-            if restore.next_read < restore.split:
-                room -= self._read_next(restore)
-            if restore.next_read >= restore.split:
-                self.unread.pop(restore, None)
+            reader = min(self.unread, key=self._turn)
+            if reader.num_unread > 0:
+                room -= self.unread[reader](reader)
+            if reader.num_unread <= 0:
+                self.unread.pop(reader, None)
 
-    def _turn(self, restore: Restore) -> tuple[float, float]:
+    def _turn(self, reader: Restore | Gap) -> tuple[float, float]:
         """The least is read first."""
-        waited_s = self.tiers.now_s - restore.since_s
-        ratio = waited_s / self.tiers.cost.stage_s(max(1, restore.split - restore.next_read))
-        return (0, restore.since_s) if ratio >= PATIENCE else (1, -ratio)
+        waited_s = self.tiers.now_s - reader.since_s
+        ratio = waited_s / self.tiers.cost.stage_s(max(1, reader.num_unread))
+        return (0, reader.since_s) if ratio >= PATIENCE else (1, -ratio)
 
     def _read_next(self, restore: Restore) -> bool:
         """Have the next block come from disk, if it must; False if nothing was started."""
@@ -97,32 +104,17 @@ class StagingRegion:
         return True
 
     def ended(self, read: Read, end: Completion) -> None:
-        tiers, stats = self.tiers, self.tiers.stats
-        assert tiers.disk is not None
         self._leave_slot(read)
-        stats.read_s += end.seconds
-        if end.error is None:
-            tiers.disk.reading.works()
-            tiers.host.fill(read.key, write_back=False)
-            stats.read_blocks += 1
-            stats.read_bytes += end.num_bytes
-            tiers.observe(tiers.cost.disk_read, end, 1)
-            return
-        stats.failed_reads += 1
-        stats.corrupt_blocks += end.corrupt
-        tiers.disk.drop(read.key, read.version)  # computed again, it is written again, which mends what is damaged
-        if end.device_fault:
-            tiers.fault(tiers.disk.reading, "read", end.error)
-        tiers.lose(read.key)
+        if self.tiers.count_read(read.key, read.version, end):
+            self.tiers.host.fill(read.key, write_back=False)
+        else:
+            self.tiers.lose(read.key)
 
     def give_up(self, read: Read) -> None:
         """It has been cancelled."""
-        tiers = self.tiers
-        assert tiers.disk is not None
         self._leave_slot(read)
-        tiers.stats.failed_reads += 1
-        tiers.fault(tiers.disk.reading, "read", "a read takes too long")
-        tiers.lose(read.key)
+        self.tiers.count_late_read()
+        self.tiers.lose(read.key)
 
     def _leave_slot(self, read: Read) -> None:
         if read.restore is None:

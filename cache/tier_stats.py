@@ -26,6 +26,10 @@ class TierStats:
     staged_blocks: int = 0
     recomputed_blocks: int = 0
     """Blocks that a tier had, but that were computed again by decision."""
+    gaps: int = 0
+    """Requests that were computed from their front while the end of their prefix was brought (`gap`),"""
+    closed_gaps: int = 0
+    """and those for which that came."""
     swapped_blocks: int = 0
     """Blocks that were kept on the host for a preempted sequence."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import UnionType
 
 from jserve.cache.cost import CostModel, LinkCost
 from jserve.cache.disk_tier import DiskTier, Pause
@@ -67,7 +68,7 @@ class Tiers:
         self.under_way[self._next_ticket] = operation
         return self._next_ticket
 
-    def in_flight(self, kind: type[Operation]) -> int:
+    def in_flight(self, kind: type[Operation] | UnionType) -> int:
         return sum(isinstance(operation, kind) for operation in self.under_way.values())
 
     def ended(self) -> Iterator[tuple[Operation, Completion]]:
@@ -93,6 +94,42 @@ class Tiers:
     def observe(self, link: LinkCost, end: Completion, copies: float) -> None:
         if end.seconds > 0:
             link.observe(end.num_bytes, copies, end.seconds, end.least_s)
+
+    def count_load(self, blocks: int, end: Completion) -> bool:
+        """A copy of so many blocks to the device has ended; whether they are there."""
+        stats = self.stats
+        stats.load_s += end.seconds
+        if end.error is not None:
+            stats.failed_loads += 1
+            return False
+        stats.loaded_blocks += blocks
+        stats.loaded_bytes += end.num_bytes
+        self.observe(self.cost.host_to_device, end, blocks / self.cost.blocks_per_copy)
+        return True
+
+    def count_read(self, key: bytes, version: int | None, end: Completion) -> bool:
+        """The read of this copy of a block has ended; whether it is there."""
+        assert self.disk is not None
+        stats = self.stats
+        stats.read_s += end.seconds
+        if end.error is None:
+            self.disk.reading.works()
+            stats.read_blocks += 1
+            stats.read_bytes += end.num_bytes
+            self.observe(self.cost.disk_read, end, 1)
+            return True
+        stats.failed_reads += 1
+        stats.corrupt_blocks += end.corrupt
+        self.disk.drop(key, version)  # computed again, it is written again, which mends what is damaged
+        if end.device_fault:
+            self.fault(self.disk.reading, "read", end.error)
+        return False
+
+    def count_late_read(self) -> None:
+        """A read was cancelled because it took too long."""
+        assert self.disk is not None
+        self.stats.failed_reads += 1
+        self.fault(self.disk.reading, "read", "a read takes too long")
 
     def fault(self, pause: Pause, doing: str, error: str) -> None:
         """The disk as such has failed, and will not be used this way for a while."""

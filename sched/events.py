@@ -28,7 +28,7 @@ class EventKind(StrEnum):
     PROMOTED = "promoted"
     """It is admitted before `by`, which came earlier and does not fit."""
     LOADING = "loading"
-    """It is admitted, and waits for blocks that are being copied from the host."""
+    """It is admitted, and waits for blocks that are on their way from the host; or it has been computed up to them."""
     LOADED = "loaded"
     PREEMPTED = "preempted"
     """It has given blocks back for `by`, or has none for its next token, since those before it hold them all."""

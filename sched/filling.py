@@ -112,8 +112,11 @@ def _start(state: State, sequence: Sequence, cached: int) -> None:
     """From now on it is part of the batch; its leading `cached` tokens have their KV."""
     assert not sequence.in_flight, "its next token would be sampled twice"
     state.running.prefill(sequence)
-    sequence.num_computed = cached
-    if sequence.num_cached < 0:
+    computed, sequence.num_computed = sequence.num_computed, cached
+    if computed:  # up to a gap, which has been closed behind it
+        sequence.num_cached += cached - computed
+        state.stats.cached_tokens += cached - computed
+    elif sequence.num_cached < 0:
         state.shares.serve(sequence.place)
         state.waiting_tokens -= sequence.num_prompt
         sequence.num_cached = cached

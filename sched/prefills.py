@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from jserve.sched.events import EventKind
 from jserve.sched.order import Rank
 from jserve.sched.plan import Row
 from jserve.sched.sequence import Phase, Sequence
@@ -36,11 +37,15 @@ def plan_prefills(state: State, chunks: Chunks, before: Rank | None = None) -> N
 
 
 def plan_chunk(state: State, chunks: Chunks, sequence: Sequence) -> None:
-    """As much of what is missing as the budget still holds."""
-    missing = len(sequence.tokens) - sequence.num_computed
-    count = min(missing, chunks.left)
-    chunks.rows.append(Row(sequence, sequence.num_computed, count, count == missing))
-    chunks.left -= count
+    """As much of what is missing as the budget still holds, and not past a gap: it leaves the batch there."""
+    start, end = sequence.num_computed, len(sequence.tokens)
+    most = state.cache.computable(sequence.table, end)
+    count = min(most - start, chunks.left)
     sequence.num_computed += count
+    chunks.rows.append(Row(sequence, start, count, sequence.num_computed == end))
+    chunks.left -= count
     state.stats.prefill_tokens += count
     state.cache.publish(sequence.table, sequence.tokens, sequence.num_computed)
+    if sequence.num_computed == most < end:
+        state.running.load(sequence)
+        state.events.tell(EventKind.LOADING, sequence, detail=f"after {most} tokens")

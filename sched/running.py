@@ -41,6 +41,8 @@ class Running:
         insort(self.holders, sequence, key=rank_of)
 
     def load(self, sequence: Sequence) -> None:
+        """It waits, outside of the batch, for KV that is on its way to the device."""
+        _discard(self.prefills, sequence)
         sequence.phase = Phase.LOADING
         self.num_loading += 1
 

@@ -140,39 +140,69 @@ def gqa_on_nvme() -> CostModel:
     )
 
 
-def test_a_disk_slower_than_computing_is_left_alone_and_a_faster_one_is_read() -> None:
+def test_a_disk_slower_than_computing_is_left_alone_by_whoever_reads_before_he_computes() -> None:
     reach = Reach(4096 + 90, device_blocks=0, host_blocks=0, disk_blocks=256)
     mha, gqa = by_cost(mha_on_nvme(), reach), by_cost(gqa_on_nvme(), reach)
-    assert (mha.stage_disk_blocks, mha.recompute_tokens) == (0, 4186)
-    assert (gqa.stage_disk_blocks, gqa.recompute_tokens) == (256, 90)
     assert mha.load_ttft_s > mha.recompute_ttft_s
     assert gqa.load_ttft_s < gqa.recompute_ttft_s / 3
 
 
-def test_a_queue_that_hides_the_read_makes_the_slow_disk_worth_it() -> None:
-    reach = Reach(4186, 0, 0, 256, waiting=2, hidden_s=2.0)
-    assert by_cost(mha_on_nvme(), reach).stage_disk_blocks == 256
-    half = by_cost(mha_on_nvme(), replace(reach, hidden_s=0.8))
-    assert half.stage_disk_blocks == math.floor(0.8 / mha_on_nvme().stage_s(1))
-
-
-def test_the_host_part_is_loaded_where_the_disk_part_is_not() -> None:
-    plan = by_cost(mha_on_nvme(), Reach(4186, device_blocks=10, host_blocks=100, disk_blocks=256))
-    assert (plan.load_host_blocks, plan.stage_disk_blocks, plan.recompute_tokens) == (90, 0, 4186 - 1600)
-
-
-def test_layer_by_layer_the_split_is_where_loading_meets_computing() -> None:
+def test_near_the_break_even_reading_beside_computing_takes_half_of_either() -> None:
     model = mha_on_nvme()
     model.disk_read.bytes_per_s = break_even_bytes_per_s(model.prefill, 4096, 1_376_256)
-    plan = by_cost(model, Reach(4186, 0, 0, 256), layerwise=True)
-    assert 100 < plan.stage_disk_blocks < 156
+    plan = by_cost(model, Reach(4186, 0, 0, 256))
+    start, end = plan.gap
+    assert (plan.stage_disk_blocks, end) == (0, 256)
+    assert 100 < start < 156
     assert plan.ttft_s == pytest.approx(min(plan.load_ttft_s, plan.recompute_ttft_s) / 2, rel=0.15)
 
 
+def test_a_slow_link_from_the_host_is_used_beside_computing_too() -> None:
+    model = mha_on_nvme()
+    model.host_to_device.bytes_per_s = break_even_bytes_per_s(model.prefill, 4096, 1_376_256)
+    plan = by_cost(model, Reach(4186, 0, 256, 256))
+    assert plan.load_host_blocks == 0
+    assert plan.ttft_s == pytest.approx(min(plan.load_ttft_s, plan.recompute_ttft_s) / 2, rel=0.15)
+
+
+def test_what_the_queue_hides_is_no_reason_to_compute() -> None:
+    reach = Reach(4186, 0, 0, 256, waiting=2, hidden_s=2.0)
+    assert by_cost(mha_on_nvme(), reach).stage_disk_blocks == 256
+    half = by_cost(mha_on_nvme(), replace(reach, hidden_s=0.8))
+    start, end = half.gap
+    assert end - start > math.floor(0.8 / mha_on_nvme().stage_s(1))
+
+
+def test_those_who_wait_for_the_device_make_it_load_rather_than_compute() -> None:
+    plan = by_cost(gqa_on_nvme(), Reach(4186, 0, 0, 256, others=3))
+    assert (plan.gap, plan.stage_disk_blocks, plan.recompute_tokens) == ((0, 0), 256, 90)
+
+
+def test_the_host_part_is_loaded_before_the_disk_part_is_read_beside_computing() -> None:
+    plan = by_cost(mha_on_nvme(), Reach(4186, device_blocks=10, host_blocks=100, disk_blocks=256))
+    start, end = plan.gap
+    assert (plan.load_host_blocks, plan.stage_disk_blocks, end) == (90, 0, 256)
+    assert start > 100
+    assert plan.recompute_tokens == (start - 100) * 16 + 90
+
+
+def test_a_gap_that_saves_little_is_not_worth_its_chunks() -> None:
+    fast = mha_on_nvme()
+    fast.disk_read.bytes_per_s = fast.host_to_device.bytes_per_s = 1e12
+    assert by_cost(fast, Reach(4186, 0, 0, 256)).gap == (0, 0)
+
+
 def test_what_has_no_room_is_deferred_not_forgotten() -> None:
-    plan = by_cost(gqa_on_nvme(), Reach(4186, 0, 50, 256, staging_room_blocks=20))
+    plan = by_cost(gqa_on_nvme(), Reach(4186, 0, 50, 256, staging_room_blocks=20, others=3))
     assert (plan.load_host_blocks, plan.stage_disk_blocks, plan.deferred_disk_blocks) == (50, 20, 186)
     assert plan.recompute_tokens == 4186 - 70 * 16
+
+
+def test_a_gap_for_which_there_is_no_room_at_all_is_deferred() -> None:
+    plan = by_cost(mha_on_nvme(), Reach(4186, 0, 0, 256, staging_room_blocks=0))
+    wider = by_cost(mha_on_nvme(), Reach(4186, 0, 0, 256))
+    assert (plan.gap, plan.stage_disk_blocks) == ((0, 0), 0)
+    assert plan.deferred_disk_blocks == wider.gap[1] - wider.gap[0]
 
 
 def test_flashgen_reads_the_disk_only_behind_a_waiting_request() -> None:
@@ -210,8 +240,11 @@ def test_reaches_that_shrink_from_tier_to_tier_are_refused() -> None:
 
 
 def test_the_reason_says_what_and_why() -> None:
-    reason = by_cost(gqa_on_nvme(), Reach(4186, 0, 0, 256)).reason
+    reason = by_cost(gqa_on_nvme(), Reach(4186, 0, 0, 256, others=3)).reason
     assert reason.startswith("least time: load 0 and stage 256 blocks, compute 90 tokens in ")
+    start, end = (plan := by_cost(mha_on_nvme(), Reach(4186, 0, 0, 256))).gap
+    said = f"compute {plan.recompute_tokens} tokens, bring {end - start} more blocks beside it in "
+    assert said in plan.reason
 
 
 # --- properties of the choice
@@ -254,70 +287,108 @@ def split(plan: Any) -> int:
     return int(plan.load_host_blocks + plan.stage_disk_blocks)
 
 
-@settings(max_examples=300, deadline=None)
-@given(MODELS, REACHES, st.booleans())
-def test_no_other_split_is_better(model: CostModel, reach: Reach, layerwise: bool) -> None:
-    plan = by_cost(model, reach, layerwise=layerwise)
+def split_delay_s(model: CostModel, reach: Reach, x: int) -> float:
+    """Of loading up to x, and then computing: what the request and those beside it wait together."""
+    read_s = max(0.0, model.stage_s(max(0, x - reach.host_blocks)) - reach.hidden_s)
+    load_s = read_s + model.load_s(x - reach.device_blocks)
+    compute_s = model.prefill.seconds(reach.prompt_tokens - 16 * x, 16 * x)
+    return reach.hidden_s + load_s + (1 + reach.others) * compute_s
+
+
+def gap_delay_s(model: CostModel, reach: Reach, front: int, start: int, end: int) -> float:
+    """Of loading up to `front`, and computing the blocks before `start` while those of the gap are brought."""
+    front_s = model.load_s(front - reach.device_blocks)
+    unread_s = model.stage_s(max(0, end - max(start, reach.host_blocks)))
+    read_s = max(0.0, unread_s - reach.hidden_s - front_s)
+    bring_s = max(model.load_s(end - start), read_s + model.load_s(1))
+    before_s = model.prefill.seconds(16 * (start - front), 16 * front)
+    after_s = model.prefill.seconds(reach.prompt_tokens - 16 * end, 16 * end)
+    return reach.hidden_s + front_s + max(bring_s, before_s) + after_s + reach.others * (before_s + after_s)
+
+
+def best_split_delay_s(model: CostModel, reach: Reach) -> float:
     most = min(reach.disk_blocks, reach.host_blocks + reach.staging_room_blocks)
+    return min(split_delay_s(model, reach, x) for x in range(reach.device_blocks, most + 1))
 
-    def ttft_s(x: int) -> float:
-        read_s = max(0.0, model.stage_s(max(0, x - reach.host_blocks)) - reach.hidden_s)
-        load_s = read_s + model.load_s(x - reach.device_blocks)
-        compute_s = model.prefill.seconds(reach.prompt_tokens - 16 * x, 16 * x)
-        return reach.hidden_s + (max(load_s, compute_s) if layerwise else load_s + compute_s)
 
-    best = min(ttft_s(x) for x in range(reach.device_blocks, most + 1))
-    assert plan.ttft_s == pytest.approx(best, rel=1e-9, abs=1e-12)
-    assert ttft_s(reach.device_blocks + split(plan)) == pytest.approx(best, rel=1e-9, abs=1e-12)
+def best_gap_delay_s(model: CostModel, reach: Reach) -> float:
+    device, host, disk, room = reach.device_blocks, reach.host_blocks, reach.disk_blocks, reach.staging_room_blocks
+    gaps = [(device, s, min(disk, host + room)) for s in range(device + 1, min(host, min(disk, host + room) - 1) + 1)]
+    gaps += [(host, s, disk) for s in range(max(host + 1, disk - room), disk)]
+    return min((gap_delay_s(model, reach, *gap) for gap in gaps), default=math.inf)
+
+
+def delay_s(model: CostModel, reach: Reach, plan: Any) -> float:
+    front = reach.device_blocks + plan.load_host_blocks
+    if plan.gap[1]:
+        return gap_delay_s(model, reach, front, *plan.gap)
+    return split_delay_s(model, reach, front + plan.stage_disk_blocks)
+
+
+OTHERS = st.sampled_from([0, 0, 1, 3, 50])
+
+
+@settings(max_examples=400, deadline=None)
+@given(MODELS, REACHES, OTHERS)
+def test_no_split_is_better_and_no_gap_by_much(model: CostModel, reach: Reach, others: int) -> None:
+    reach = replace(reach, others=others)
+    plan = by_cost(model, reach)
+    chosen_s, split_s, gap_s = (
+        delay_s(model, reach, plan),
+        best_split_delay_s(model, reach),
+        best_gap_delay_s(model, reach),
+    )
+    assert chosen_s <= split_s * (1 + 1e-9) + 1e-12
+    if plan.gap[1]:
+        assert chosen_s == pytest.approx(gap_s, rel=1e-9, abs=1e-12)
+    else:
+        assert chosen_s == pytest.approx(split_s, rel=1e-9, abs=1e-12)
+        assert gap_s - reach.hidden_s >= 0.8 * (split_s - reach.hidden_s) - 1e-9
+    if not others:
+        assert plan.ttft_s == pytest.approx(chosen_s, rel=1e-9, abs=1e-12)
 
 
 @settings(max_examples=300, deadline=None)
-@given(MODELS, REACHES, st.booleans(), st.integers(1, 50))
-def test_where_others_wait_no_split_delays_all_together_less(
-    model: CostModel, reach: Reach, layerwise: bool, others: int
-) -> None:
-    plan = by_cost(model, replace(reach, others=others), layerwise=layerwise)
-    most = min(reach.disk_blocks, reach.host_blocks + reach.staging_room_blocks)
-
-    def delay_s(x: int) -> float:
-        read_s = max(0.0, model.stage_s(max(0, x - reach.host_blocks)) - reach.hidden_s)
-        load_s = read_s + model.load_s(x - reach.device_blocks)
-        compute_s = model.prefill.seconds(reach.prompt_tokens - 16 * x, 16 * x)
-        ttft_s = reach.hidden_s + (max(load_s, compute_s) if layerwise else load_s + compute_s)
-        return ttft_s + others * compute_s
-
-    best = min(delay_s(x) for x in range(reach.device_blocks, most + 1))
-    assert delay_s(reach.device_blocks + split(plan)) == pytest.approx(best, rel=1e-9, abs=1e-12)
-    assert plan.recompute_tokens <= by_cost(model, reach, layerwise=layerwise).recompute_tokens
+@given(MODELS, REACHES, st.integers(1, 50))
+def test_where_others_wait_no_more_is_computed(model: CostModel, reach: Reach, others: int) -> None:
+    assert by_cost(model, replace(reach, others=others)).recompute_tokens <= by_cost(model, reach).recompute_tokens
 
 
 @settings(max_examples=300, deadline=None)
-@given(MODELS, REACHES, st.booleans(), st.integers(2, 10))
-def test_a_faster_disk_never_makes_more_tokens_computed(
-    model: CostModel, reach: Reach, layerwise: bool, times: int
-) -> None:
-    slow = by_cost(model, reach, layerwise=layerwise)
+@given(MODELS, REACHES, st.integers(2, 10))
+def test_a_faster_disk_never_makes_more_tokens_computed(model: CostModel, reach: Reach, times: int) -> None:
+    slow = by_cost(model, reach)
     faster = replace(model, disk_read=LinkCost(model.disk_read.bytes_per_s * times, model.disk_read.per_copy_s / times))
-    assert by_cost(faster, reach, layerwise=layerwise).recompute_tokens <= slow.recompute_tokens
+    assert by_cost(faster, reach).recompute_tokens <= slow.recompute_tokens
 
 
 @settings(max_examples=300, deadline=None)
-@given(MODELS, REACHES, st.booleans(), st.integers(1, 3000))
-def test_a_longer_queue_never_stages_less(model: CostModel, reach: Reach, layerwise: bool, more_ms: int) -> None:
+@given(MODELS, REACHES, st.integers(1, 3000))
+def test_a_longer_queue_never_reads_less(model: CostModel, reach: Reach, more_ms: int) -> None:
     longer = replace(reach, hidden_s=reach.hidden_s + more_ms * 1e-3)
-    before, after = (by_cost(model, r, layerwise=layerwise) for r in (reach, longer))
-    assert after.stage_disk_blocks >= before.stage_disk_blocks
+    before, after = (by_cost(model, r) for r in (reach, longer))
+    assert read_blocks(after, reach) >= read_blocks(before, reach)
+
+
+def read_blocks(plan: Any, reach: Reach) -> int:
+    start, end = plan.gap
+    return int(plan.stage_disk_blocks + max(0, end - max(start, reach.host_blocks)))
 
 
 @settings(max_examples=300, deadline=None)
-@given(MODELS, REACHES, st.sampled_from(["cost", "flashgen", "threshold:512", "always", "never"]), st.booleans())
-def test_every_plan_is_a_prefix_within_its_room(model: CostModel, reach: Reach, name: str, layerwise: bool) -> None:
-    plan = restore_strategy(name, layerwise=layerwise)(model, reach)
+@given(MODELS, REACHES, st.sampled_from(["cost", "cost", "flashgen", "threshold:512", "always", "never"]))
+def test_every_plan_is_a_prefix_or_leaves_a_gap_within_its_room(model: CostModel, reach: Reach, name: str) -> None:
+    plan = restore_strategy(name)(model, reach)
     assert 0 <= plan.load_host_blocks <= reach.host_blocks - reach.device_blocks
-    assert 0 <= plan.stage_disk_blocks <= min(reach.disk_blocks - reach.host_blocks, reach.staging_room_blocks)
+    assert 0 <= read_blocks(plan, reach) <= min(reach.disk_blocks - reach.host_blocks, reach.staging_room_blocks)
     assert plan.stage_disk_blocks == 0 or plan.load_host_blocks == reach.host_blocks - reach.device_blocks
     assert plan.stage_disk_blocks + plan.deferred_disk_blocks <= reach.disk_blocks - reach.host_blocks
-    assert plan.recompute_tokens == reach.prompt_tokens - 16 * (reach.device_blocks + split(plan)) >= 1
+    start, end = plan.gap
+    assert plan.recompute_tokens == reach.prompt_tokens - 16 * (reach.device_blocks + split(plan) + end - start) >= 1
+    assert name == "cost" or end == 0
+    if end:
+        assert plan.stage_disk_blocks == plan.deferred_disk_blocks == 0
+        assert reach.device_blocks + plan.load_host_blocks < start < end <= reach.disk_blocks
 
 
 # --- calibration

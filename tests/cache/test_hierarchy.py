@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiers_world import BLOCK, VOCAB, World, prompt_of
+from tiers_world import BLOCK, VOCAB, World, prompt_of, with_gaps
 
 from jserve.cache.cost import restore_strategy
 from jserve.cache.disk_tier import DiskTier
@@ -604,7 +604,9 @@ def test_random_conversations_over_random_tiers_say_what_one_endless_device_says
         disk_blocks=rng.choice([None, 1, 10, 100]),
         copy_s=lambda kind, blocks: slow[kind] * rng.random(),
         fails=lambda kind: rng.random() < bad[kind],
-        strategy=rng.choice(["always", "never", "cost", "flashgen", "threshold:8"]),
+        strategy=rng.choice(
+            ["always", "never", "cost", "flashgen", "threshold:8", with_gaps(rng), with_gaps(rng, 0.5)]
+        ),
         eviction=rng.choice(["lru", "fifo", "lookahead"]),
         staging=rng.choice([0, 2, 8, 100]),
         wait_limit_s=rng.choice([0.1, 5.0]),

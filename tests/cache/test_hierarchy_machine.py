@@ -11,7 +11,7 @@ import random
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tiers_world import BLOCK, VOCAB, World
+from tiers_world import BLOCK, VOCAB, World, with_gaps
 
 from jserve.cache.returns import ENOUGH
 from jserve.cache.transfer import Completion
@@ -29,7 +29,7 @@ class Hierarchy(RuleBasedStateMachine):
         sizes=st.tuples(
             st.integers(12, 18), st.sampled_from([14, 20, 7, 40, 1]), st.sampled_from([200, 200, 30, None, 1])
         ),
-        strategy=st.sampled_from(["always", "always", "cost", "flashgen"]),
+        strategy=st.sampled_from(["always", "gaps", "gaps", "cost", "flashgen"]),
         eviction=st.sampled_from(["lru", "fifo", "lookahead", "returns", "returns"]),
         ahead=st.sampled_from([0.0, 1e-6, 1e-4, 1e-4]),
         staging=st.sampled_from([100, 4, 0]),
@@ -54,7 +54,7 @@ class Hierarchy(RuleBasedStateMachine):
             disk_blocks=disk_blocks,
             copy_s=lambda kind, blocks: self.delay_s[kind] * self.random.random(),
             fails=lambda kind: kind in self.broken,
-            strategy=strategy,
+            strategy=with_gaps(self.random, 0.7) if strategy == "gaps" else strategy,
             eviction=eviction,
             staging=staging,
             wait_limit_s=0.1,

@@ -8,8 +8,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
-from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost, restore_strategy
+from jserve.cache.cost import (
+    CostModel,
+    DecodeCost,
+    LinkCost,
+    PrefillCost,
+    Reach,
+    RestorePlan,
+    Strategy,
+    always_load,
+    restore_strategy,
+)
 from jserve.cache.disk_tier import DiskTier
 from jserve.cache.hierarchy import TieredCache
 from jserve.cache.host_tier import HostTier
@@ -43,7 +54,7 @@ class World:
         disk_blocks: int | None = 200,
         copy_s: CopyTime = instant,
         fails: Callable[[str], bool] = lambda kind: False,
-        strategy: str = "always",
+        strategy: str | Strategy = "always",
         eviction: str = "lru",
         staging: int = 20,
         disk: dict[bytes, list[int]] | None = None,
@@ -68,7 +79,7 @@ class World:
             HostTier(host, eviction),
             None if disk_blocks is None else DiskTier(disk_blocks, eviction, self.transfer.disk),
             cost=make_cost(),
-            strategy=restore_strategy(strategy),
+            strategy=restore_strategy(strategy) if isinstance(strategy, str) else strategy,
             staging_blocks=staging,
             wait_limit_s=wait_limit_s,
             store_budget=store_budget,
@@ -111,9 +122,35 @@ class World:
         assert not cache.tiers.restores
         assert not cache._timed
         assert not cache.staging.unread
-        assert cache.staging.taken == 0
+        assert not cache.gaps.open
+        assert cache.staging.taken == cache.host.num_borrowed == 0
         assert abs(cache._queued_s) < 1e-9
         assert not any(cache.host.is_pinned(key) for key in list(cache.host._slot_of))
+
+
+def with_gaps(rng: random.Random, share: float = 1.0) -> Strategy:
+    """A strategy that leaves a gap, anywhere, in such a share of the prompts that have room for one."""
+
+    def choose(model: CostModel, reach: Reach) -> RestorePlan:
+        plan = always_load(model, reach)
+        fronts = [reach.device_blocks] + [reach.host_blocks] * (reach.host_blocks > reach.device_blocks)
+        front = rng.choice(fronts)
+        end = rng.randint(front, min(reach.disk_blocks, reach.host_blocks + reach.staging_room_blocks))
+        if end - front < 2 or rng.random() >= share:
+            return plan
+        start = rng.randint(front + 1, end - 1)
+        computed = (start - front) * BLOCK + reach.prompt_tokens - end * BLOCK
+        return replace(
+            plan,
+            load_host_blocks=front - reach.device_blocks,
+            stage_disk_blocks=0,
+            deferred_disk_blocks=0,
+            gap=(start, end),
+            recompute_tokens=computed,
+            why="a gap",
+        )
+
+    return choose
 
 
 def prompt_of(seed: int, tokens: int) -> list[int]:

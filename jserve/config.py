@@ -144,6 +144,9 @@ class SchedConfig:
     """Who starts first: fcfs (nobody passes one that does not fit), flashgen (in order of arrival too, but later ones
     that fit run until it does), priority, slo (least slack until the first token is due), prefix (most of the prompt
     cached, before at most 64 others)."""
+    promote_tokens: int | None = None
+    """Who has more tokens to compute than this passes no earlier request: they would be computed again if it had to
+    yield. None is no limit (FlashGen's rule)."""
     victim: Victim = "youngest"
     """Of those behind in that order, who gives blocks back first: youngest, largest, cheapest (least computed)."""
     preempt: Preempt = "recompute"
@@ -170,6 +173,12 @@ class SchedConfig:
             "sched.max_waiting_tokens",
             self.max_waiting_tokens,
             "use at least 1, or leave it out",
+        )
+        _check(
+            self.promote_tokens is None or self.promote_tokens >= 0,
+            "sched.promote_tokens",
+            self.promote_tokens,
+            "use 0 or more, or leave it out",
         )
         for name, values in (
             ("order", get_args(Order)),

@@ -84,6 +84,7 @@ class Engine:
             max_running=config.sched.max_running,
             token_budget=info.token_budget,
             order=config.sched.order,
+            promote_tokens=config.sched.promote_tokens,
             victim=config.sched.victim,
             preempt=config.sched.preempt,
             chunk=config.sched.chunk,

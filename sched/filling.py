@@ -38,7 +38,8 @@ def fill(state: State, chunks: Chunks) -> None:
             waiting.look = True
             break
         queue.remove(sequence)
-        if _admit(state, chunks, sequence, skipped):
+        passed = _first_before(state, sequence, skipped)
+        if (passed is None or _may_pass(state, sequence)) and _admit(state, chunks, sequence, passed):
             ahead = running.ahead(sequence.rank)
             rooms = running.rooms(ahead, state.cache.pool.num_free)
             room = rooms[0]
@@ -66,7 +67,23 @@ def start_loaded(state: State) -> list[Sequence]:
     return started
 
 
-def _admit(state: State, chunks: Chunks, sequence: Sequence, skipped: list[tuple[Sequence, int]]) -> bool:
+def _first_before(state: State, sequence: Sequence, skipped: list[tuple[Sequence, int]]) -> Sequence | None:
+    """The first that waits before it."""
+    waiting = [*filter(None, [state.waiting.queue.first()]), *(s for s, _ in skipped)]
+    first = min(waiting, key=rank_of, default=sequence)
+    return first if first.rank < sequence.rank else None
+
+
+def _may_pass(state: State, sequence: Sequence) -> bool:
+    """Whether little enough would be lost if it had to yield to the one that it passes."""
+    most = state.promote_tokens
+    if most is None:
+        return True
+    cached = state.cache.num_found(sequence.table, sequence.tokens) * state.cache.block_size
+    return len(sequence.tokens) - cached <= most
+
+
+def _admit(state: State, chunks: Chunks, sequence: Sequence, passed: Sequence | None) -> bool:
     """Give it its blocks and a slot, others' if they have to yield; False if it does not fit after all."""
     running = state.running
     if sequence.in_flight:  # preempted a moment ago: its next token must not be sampled twice
@@ -85,7 +102,9 @@ def _admit(state: State, chunks: Chunks, sequence: Sequence, skipped: list[tuple
     admission = state.cache.admit(sequence.table, sequence.tokens, spare)
     if admission is None:
         raise AssertionError(f"{sequence.request_id} fits, and is not admitted")
-    _tell_promoted(state, sequence, skipped)
+    if passed is not None:
+        state.stats.promotions += 1
+        state.events.tell(EventKind.PROMOTED, sequence, passed)
     kind = EventKind.ADMITTED if sequence.num_cached < 0 else EventKind.RESUMED
     detail = f"{admission.num_cached} of {len(sequence.tokens)} tokens are cached"
     state.events.tell(kind, sequence, detail=detail)
@@ -99,13 +118,6 @@ def _admit(state: State, chunks: Chunks, sequence: Sequence, skipped: list[tuple
         if chunks.left > 0:
             plan_chunk(state, chunks, sequence)
     return True
-
-
-def _tell_promoted(state: State, sequence: Sequence, skipped: list[tuple[Sequence, int]]) -> None:
-    first = min([*filter(None, [state.waiting.queue.first()]), *(s for s, _ in skipped)], key=rank_of, default=sequence)
-    if first.rank < sequence.rank:
-        state.stats.promotions += 1
-        state.events.tell(EventKind.PROMOTED, sequence, first)
 
 
 def _start(state: State, sequence: Sequence, cached: int) -> None:

@@ -72,6 +72,7 @@ class Scheduler:
         max_running: int,
         token_budget: int,
         order: str = "flashgen",
+        promote_tokens: int | None = None,
         victim: str = "youngest",
         preempt: str = "recompute",
         chunk: Chunk = "static",
@@ -90,6 +91,7 @@ class Scheduler:
             victim_named(victim),
             preemption_named(preempt),
             FairShares(tenant_weights),
+            promote_tokens,
         )
         self._adaptive = chunk == "adaptive"
         self._chunk_tokens = min(STEP_TOKENS, token_budget) if self._adaptive else token_budget

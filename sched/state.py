@@ -50,6 +50,8 @@ class State:
     victim: Victim
     swaps: Swaps
     shares: FairShares
+    promote_tokens: int | None = None
+    """Who has more to compute passes nobody; None is no limit."""
     events: EventLog = field(default_factory=EventLog)
     stats: SchedStats = field(default_factory=SchedStats)
     waiting_tokens: int = 0

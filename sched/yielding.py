@@ -21,7 +21,9 @@ def make_room(state: State, sequence: Sequence, num_tokens: int) -> bool:
 
 
 def victims(state: State, sequence: Sequence, spare: int) -> list[Sequence] | None:
-    """As few as must yield for it to start, maybe none; None if it could not start if all behind it did."""
+    """Who must yield for it to start, in the order of `victim`, and no one who need not; None if it could not start if
+    all behind it did.
+    """
 
     def enough(those: list[Sequence]) -> bool:
         slot = bool(state.running.free_slots or those)
@@ -39,7 +41,12 @@ def victims(state: State, sequence: Sequence, spare: int) -> list[Sequence] | No
             high = middle
         else:
             low = middle + 1
-    return behind[:low]
+    chosen = behind[:low]
+    for spared in chosen[-2::-1]:  # with the last one, some before it may not be needed any more
+        fewer = [other for other in chosen if other is not spared]
+        if enough(fewer):
+            chosen = fewer
+    return chosen
 
 
 def preempt(state: State, victim: Sequence, by: Sequence) -> None:

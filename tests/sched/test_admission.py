@@ -204,6 +204,7 @@ def test_terms_that_cannot_be_served_are_refused(terms: Terms, message: str) -> 
         ({"slo_ttft_s": 0.0}, "sched.slo_ttft_s is 0.0: use more than 0"),
         ({"slo_ttft_s": 0.1, "slo_tpot_s": 0.2}, "sched.slo_tpot_s is 0.2: a first token takes a step too"),
         ({"max_waiting_tokens": 0}, "sched.max_waiting_tokens is 0"),
+        ({"promote_tokens": -1}, "sched.promote_tokens is -1: use 0 or more"),
         ({"tenant_weights": ("a",)}, "sched.tenant_weights is 'a': use NAME=WEIGHT"),
         ({"tenant_weights": ("a=0",)}, "tenant_weights is 'a=0'"),
         ({"tenant_weights": ("a=1", "a=2")}, "tenant_weights is 'a=2'"),

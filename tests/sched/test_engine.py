@@ -191,6 +191,7 @@ WORKLOADS = st.fixed_dictionaries(
         "budget": st.integers(7, 40),
         "overlap": st.booleans(),
         "reuse": st.booleans(),
+        "promote_tokens": st.sampled_from([None, 0, 6]),
     }
 )
 
@@ -207,6 +208,7 @@ def test_any_workload_gets_the_models_tokens_leaks_nothing_and_ends(w: dict) -> 
         budget=w["budget"],
         overlap=w["overlap"],
         reuse=w["reuse"],
+        promote_tokens=w["promote_tokens"],
     )
     most = engine.max_total_tokens
     prefixes = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, most))] for _ in range(3)]

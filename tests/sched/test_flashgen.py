@@ -93,6 +93,30 @@ def test_only_as_many_as_needed_yield_and_the_youngest_first() -> None:
     assert preempted == ["preempted p3 by head"]
 
 
+def test_where_an_older_one_has_to_yield_a_younger_one_that_is_then_not_needed_goes_on() -> None:
+    engine = make_engine(blocks=40, block_size=4, budget=128, order="flashgen")
+    engine.add(request("first", tokens(60), 4))  # 16 blocks
+    engine.add(request("head", [91] * 132, 2))  # 34: with what the large one holds, and not with the small one's
+    engine.add(request("large", tokens(68), 30))  # 17 blocks, and then more
+    engine.add(request("small", tokens(4), 30))
+    finish(engine)
+    assert story(engine, "promoted") == ["promoted large by head", "promoted small by head"]
+    assert story(engine, "preempted") == ["preempted large by head"]
+
+
+def test_who_has_much_to_compute_may_be_told_not_to_pass() -> None:
+    engine = make_engine(blocks=24, block_size=4, budget=64, reuse=True, order="flashgen", promote_tokens=8)
+    engine.add(request("before", tokens(16), 1))
+    finish(engine)
+    engine.add(request("first", [90] * 36, 4))
+    engine.add(request("head", [91] * 76, 2))
+    engine.add(request("long", [92] * 9, 4))
+    engine.add(request("short", [93] * 8, 4))
+    engine.add(request("cached", tokens(24), 4))  # 16 of its tokens need not be computed
+    finish(engine)
+    assert story(engine, "promoted") == ["promoted short by head", "promoted cached by head"]
+
+
 def test_blocks_that_others_hold_too_free_nothing() -> None:
     """Two promoted ones share their prompt: each alone frees little, and together they free it."""
     engine = make_engine(blocks=20, block_size=4, budget=64, reuse=True, order="flashgen")

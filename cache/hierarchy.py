@@ -31,7 +31,7 @@ from jserve.cache.cost import CostModel, Reach, RestorePlan, Strategy, SwapDecis
 from jserve.cache.disk_tier import DiskTier
 from jserve.cache.gap import Gap, Gaps
 from jserve.cache.host_tier import HostTier
-from jserve.cache.kv_cache import Admission, BlockTable, KVCache, Staging
+from jserve.cache.kv_cache import Admission, BlockTable, Kept, KVCache, Staging
 from jserve.cache.read_ahead import ReadAhead
 from jserve.cache.restore import ENDLESS, GapLoad, GapRead, Load, Read, Restore, Store, Write
 from jserve.cache.staging import StagingRegion
@@ -131,6 +131,14 @@ class TieredCache(KVCache):
         self.ahead.arrived(keys, {device, host, disk})
         return device, max(device, host), max(device, host, disk)
 
+    def kept(self, table: BlockTable, token_ids: list[int]) -> Kept:
+        extend_keys(table.keys, table.root, token_ids, self.block_size)
+        keys, most = table.keys, self._most_blocks(len(token_ids))
+        device = self.index.reach(keys, most)
+        host = max(device, self.host.reach(keys, most))
+        disk = max(host, self.disk.reach(keys, most)) if self.disk is not None and self.tiers.disk_is_read else host
+        return Kept(device * self.block_size, (host - device) * self.block_size, (disk - host) * self.block_size)
+
     def _count(self, plan: RestorePlan, reach: Reach) -> None:
         stats = self.tier_stats
         start, end = plan.gap
@@ -184,7 +192,9 @@ class TieredCache(KVCache):
         table.blocks = [block if block is not None else next(fresh) for block in found] + list(fresh)
         places = [i for i, block in enumerate(found) if block is None]
         self.stores.add_again(table, found, most=self.num_blocks)
-        self._count_hits(table, places, len(found))
+        above_disk = table.restore.above_disk if table.restore is not None else ENDLESS
+        from_disk = sum(i >= above_disk for i in places)
+        self._count_hits(table, len(found), len(places), from_disk)
         loading = False
         if places:
             table.num_published = places[0]
@@ -196,7 +206,8 @@ class TieredCache(KVCache):
             self.gaps.admitted(table.gap, len(found))
         if table.gap is not None and not loading:
             loading = table.num_published >= table.gap.start
-        return Admission(len(found) * self.block_size, loading)
+        size = self.block_size
+        return Admission(len(found) * size, loading, (len(places) - from_disk) * size, from_disk * size)
 
     def _load(self, table: BlockTable, places: list[int], reach: int) -> bool:
         """Start copying these blocks of the table from the host; `reach`: leading blocks that are there then.
@@ -218,13 +229,11 @@ class TieredCache(KVCache):
         restore.loaded = self.tiers.transfer.load(restore.load_ticket, slots, blocks) or None
         return self._take_loaded(table, restore)
 
-    def _count_hits(self, table: BlockTable, loaded: list[int], reach: int) -> None:
+    def _count_hits(self, table: BlockTable, reach: int, loaded: int, from_disk: int) -> None:
         if table.counted:
             return
-        above_disk = table.restore.above_disk if table.restore is not None else ENDLESS
-        from_disk = sum(i >= above_disk for i in loaded)
-        self.tier_stats.device_hit_tokens += (reach - len(loaded)) * self.block_size
-        self.tier_stats.host_hit_tokens += (len(loaded) - from_disk) * self.block_size
+        self.tier_stats.device_hit_tokens += (reach - loaded) * self.block_size
+        self.tier_stats.host_hit_tokens += (loaded - from_disk) * self.block_size
         self.tier_stats.disk_hit_tokens += from_disk * self.block_size
         table.counted = True
 

@@ -30,6 +30,18 @@ class Admission:
     """Leading tokens that need not be computed: whole blocks, and never all tokens of the sequence."""
     loading: bool = False
     """Whether their KV is still on its way to the device: `restored` tells when it is there."""
+    host_tokens: int = 0
+    """Those of them that come from the host; `disk_tokens`: those that had come there from disk for this sequence."""
+    disk_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Leading tokens of a sequence whose KV is kept, by the nearest tier that has them."""
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +107,10 @@ class KVCache:
         freed = sum(refs(block) == count for block, count in theirs.items())
         shared = sum(block is not None and refs(block) > theirs[block] for block in self._find(table, token_ids))
         return self.blocks_for(len(token_ids)) - shared + spare <= self.pool.num_free + freed
+
+    def kept(self, table: BlockTable, token_ids: list[int]) -> Kept:
+        """Where its KV is, whatever will be restored of it. For people: it uses nothing."""
+        return Kept(self.num_found(table, token_ids) * self.block_size)
 
     def num_found(self, table: BlockTable, token_ids: list[int]) -> int:
         """Leading blocks whose KV is kept, wherever."""

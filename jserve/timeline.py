@@ -17,6 +17,8 @@ from jserve.errors import NotFound
 from jserve.sched.events import Event, EventKind
 
 REMEMBERED_REQUESTS = 2048
+REMEMBERED_REFUSALS = 256
+"""Apart from those that ended: a flood of refused requests must not be all that is remembered."""
 REMEMBERED_STEPS = 2048
 EVENTS_OF_ONE = 256
 
@@ -93,6 +95,7 @@ class Timelines:
         self._most_ended, self._most_events = ended, events
         self._open: dict[str, Timeline] = {}
         self._ended: dict[str, Timeline] = {}
+        self._refused: dict[str, Timeline] = {}
 
     def record(self, events: Iterable[Event], now_s: float) -> None:
         """These have happened since the last call."""
@@ -110,25 +113,29 @@ class Timelines:
                 self._end(timeline)
 
     def _end(self, timeline: Timeline) -> None:
-        del self._open[timeline.request_id]
-        self._ended.pop(timeline.request_id, None)  # an earlier request of this name
-        if len(self._ended) >= self._most_ended:
-            del self._ended[next(iter(self._ended))]
-        self._ended[timeline.request_id] = timeline
+        name = timeline.request_id
+        refused = timeline.moments[-1].kind == EventKind.REJECTED
+        group, most = (self._refused, REMEMBERED_REFUSALS) if refused else (self._ended, self._most_ended)
+        del self._open[name]
+        for earlier in (self._refused, self._ended):  # requests of this name
+            earlier.pop(name, None)
+        if len(group) >= most:
+            del group[next(iter(group))]
+        group[name] = timeline
 
     def tell(self, request_id: str | None, now_s: float) -> History:
         """Of this request, or of all. The continuations of one call, NAME/0, NAME/1 and so on, are found by NAME.
 
         Raises NotFound for one that is not remembered.
         """
-        known = {**self._ended, **self._open}
+        known = {**self._refused, **self._ended, **self._open}
         if request_id is None:
             return History(now_s, sorted(known.values(), key=_begin), list(self.steps))
         found = [known[request_id]] if request_id in known else _continuations(known.values(), request_id)
         if not found:
             raise NotFound(
-                f"request {request_id!r} is not remembered: those under way are, and the last {self._most_ended} that "
-                "have ended; explain without an id lists them"
+                f"request {request_id!r} is not remembered: those under way are, the last {self._most_ended} that have "
+                f"ended, and the last {REMEMBERED_REFUSALS} that were refused; explain without an id lists them"
             )
         begin_s = min(_begin(timeline) for timeline in found)
         end_s = max(timeline.moments[-1].time_s if timeline.ended else now_s for timeline in found)

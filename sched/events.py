@@ -51,6 +51,12 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """A few words for people: a finish reason, a mode of preemption, counts of blocks or tokens."""
 
 
+def where(device: int, host: int, disk: int) -> str:
+    """Tokens with KV, by the tier that has them, in words."""
+    said = ((device, "on the device"), (host, "on the host"), (disk, "on disk"))
+    return ", ".join(f"{tokens} {place}" for tokens, place in said if tokens)
+
+
 class EventLog:
     """What has happened since somebody last took it out; without a reader the oldest events are dropped."""
 

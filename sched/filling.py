@@ -5,7 +5,8 @@ What those behind a waiting request hold counts as free for it (§4.3).
 
 from __future__ import annotations
 
-from jserve.sched.events import EventKind
+from jserve.cache.kv_cache import Admission
+from jserve.sched.events import EventKind, where
 from jserve.sched.prefills import Chunks, plan_chunk, plan_prefills
 from jserve.sched.sequence import Phase, Sequence, rank_of
 from jserve.sched.state import State
@@ -106,18 +107,28 @@ def _admit(state: State, chunks: Chunks, sequence: Sequence, passed: Sequence | 
         state.stats.promotions += 1
         state.events.tell(EventKind.PROMOTED, sequence, passed)
     kind = EventKind.ADMITTED if sequence.num_cached < 0 else EventKind.RESUMED
-    detail = f"{admission.num_cached} of {len(sequence.tokens)} tokens are cached"
-    state.events.tell(kind, sequence, detail=detail)
+    state.events.tell(kind, sequence, detail=_sources(admission, len(sequence.tokens)))
     running.enter(sequence)
+    coming = admission.host_tokens + admission.disk_tokens
     if admission.loading:
         running.load(sequence)
-        state.events.tell(EventKind.LOADING, sequence)
+        state.events.tell(EventKind.LOADING, sequence, detail=f"{coming} tokens from the host")
     else:
+        if coming:  # they arrive in order before this step
+            state.events.tell(EventKind.LOADING, sequence, detail=f"{coming} tokens from the host, before this step")
+            state.events.tell(EventKind.LOADED, sequence, detail=f"{admission.num_cached} tokens have their KV")
         _start(state, sequence, admission.num_cached)
         chunks.admitted.append(sequence)
         if chunks.left > 0:
             plan_chunk(state, chunks, sequence)
     return True
+
+
+def _sources(admission: Admission, tokens: int) -> str:
+    """Where its KV comes from; what is not cached is computed."""
+    host, disk = admission.host_tokens, admission.disk_tokens
+    places = where(admission.num_cached - host - disk, host, disk)
+    return f"{admission.num_cached} of {tokens} tokens are cached{places and f': {places}'}"
 
 
 def _start(state: State, sequence: Sequence, cached: int) -> None:

@@ -39,7 +39,7 @@ from jserve.request import FinishReason
 from jserve.sched.admission import FairShares
 from jserve.sched.chunk import EVERY_STEPS, STEP_TOKENS, Chunk, Pace, next_chunk
 from jserve.sched.decodes import extend_decodes, jump, plan_decodes, start_decoding
-from jserve.sched.events import EventKind, EventLog
+from jserve.sched.events import EventKind, EventLog, where
 from jserve.sched.filling import fill, start_loaded
 from jserve.sched.order import Arrival, order_named
 from jserve.sched.plan import StepPlan
@@ -159,7 +159,9 @@ class Scheduler:
         self.state.waiting.add(sequence)
         self.state.waiting_tokens += sequence.num_prompt
         tell = self.events.tell
-        tell(EventKind.ARRIVED, sequence, detail=f"{len(sequence.tokens)} tokens")
+        kept = self.cache.kept(sequence.table, sequence.tokens)
+        places = where(kept.device, kept.host, kept.disk)
+        tell(EventKind.ARRIVED, sequence, detail=f"{len(sequence.tokens)} tokens{places and f': {places}'}")
         if staging is not None and staging.blocks:
             tell(EventKind.STAGING, sequence, detail=f"{staging.blocks} blocks from disk")
         if staging is not None and staging.deferred_blocks:

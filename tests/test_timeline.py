@@ -80,6 +80,15 @@ def test_a_rejected_request_is_remembered_with_its_reason() -> None:
     assert timelines.counts[K.REJECTED] == 1
 
 
+def test_refused_requests_push_nobody_out_who_was_served() -> None:
+    timelines = told(*life("served"), ended=4)
+    for i in range(1000):
+        timelines.record([Event(K.REJECTED, f"refused{i}")], 10.0)
+    assert timelines.tell("served", 11.0).timelines[0].ended
+    assert timelines.tell("refused999", 11.0).timelines[0].ended
+    assert len(timelines.tell(None, 11.0).timelines) < 300
+
+
 def test_requests_under_way_are_remembered_and_of_the_ended_ones_the_last() -> None:
     open_ = [(0.0, Event(K.ARRIVED, f"open{i}")) for i in range(50)]
     ended = [event for i in range(30) for event in life(f"ended{i}", float(i))]

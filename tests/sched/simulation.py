@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost, restore_strategy
+from jserve.cache.disk_tier import DiskTier
 from jserve.cache.hierarchy import TieredCache
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import KVCache
@@ -50,9 +51,11 @@ def make_tiered_engine(
     block_copy_s: float = 1e-6,
     fails: Callable[[str], bool] = lambda kind: False,
     wait_limit_s: float = 1.0,
+    orders_loads: bool = False,
+    disk: int = 0,
     **sched: Any,
 ) -> Engine:
-    """With a host tier, whose copies take `copy_s` a block, and are believed to take `block_copy_s`."""
+    """With a host tier, maybe a disk tier. Copies take `copy_s` a block, and are believed to take `block_copy_s`."""
     copies_s = copy_s if callable(copy_s) else lambda kind, count: copy_s * count
     clock = SimulatedClock()
     executor = SimulatedExecutor(clock, blocks, block_size, VOCAB)
@@ -60,9 +63,9 @@ def make_tiered_engine(
     cache = TieredCache(
         blocks,
         block_size,
-        SimulatedTransfer(clock, executor, host, copies_s, fails=fails),
+        SimulatedTransfer(clock, executor, host, copies_s, fails=fails, orders_loads=orders_loads),
         HostTier(host),
-        None,
+        DiskTier(disk) if disk else None,
         cost=CostModel(PrefillCost(0.0, 1e-3, 0.0), DecodeCost(0.01), link, link, link, link, block_size, 1),
         strategy=restore_strategy("always"),
         staging_blocks=host,

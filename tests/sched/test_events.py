@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from simulation import make_engine, play, request, workload
+import pytest
+from simulation import make_engine, make_tiered_engine, play, request, workload
 
 from jserve.engine import Engine
 from jserve.sched.events import MAX_EVENTS
@@ -58,6 +59,45 @@ def test_every_request_arrives_once_ends_once_and_resumes_as_often_as_it_is_pree
         assert kinds[-1] == "finished"
         assert kinds.count("admitted") == kinds.count("first_token") == kinds.count("finished") == 1
         assert kinds.count("resumed") == kinds.count("preempted")
+
+
+def run(engine: Engine) -> None:
+    for _ in range(10_000):
+        if not engine.has_work:
+            return
+        engine.step()
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize("orders_loads", [False, True])
+def test_what_comes_from_the_host_is_told_while_it_waits_and_when_it_is_loaded(orders_loads: bool) -> None:
+    engine = make_tiered_engine(blocks=16, copy_s=0.001, orders_loads=orders_loads)
+    history = list(range(33))
+    engine.add(request("before", history, 2))
+    run(engine)
+    engine.cache.pool.release(engine.cache.pool.allocate(12) or [])  # what is free goes first, and four blocks remain
+    engine.add(request("a", [*history, 5, 6], 2))
+    run(engine)
+    moments = {m.kind: m.detail for m in moments_of(engine, "a")}
+    assert moments["arrived"] == "35 tokens: 16 on the device, 16 on the host"
+    assert moments["admitted"] == "32 of 35 tokens are cached: 16 on the device, 16 on the host"
+    assert moments["loading"] == "16 tokens from the host" + (", before this step" if orders_loads else "")
+    assert moments["loaded"] == "32 tokens have their KV"
+
+
+def test_what_comes_from_disk_is_told_too() -> None:
+    engine = make_tiered_engine(blocks=12, host=12, disk=100, copy_s=0.001)
+    history = list(range(33))
+    for prompt in (history, [50] * 40, [51] * 40):
+        engine.add(request(f"before{prompt[0]}", prompt, 2))
+        run(engine)
+    engine.add(request("a", [*history, 5, 6], 2))
+    run(engine)
+    moments = {m.kind: m.detail for m in moments_of(engine, "a")}
+    assert moments["arrived"] == "35 tokens: 32 on disk"
+    assert moments["staging"] == "8 blocks from disk"
+    assert moments["admitted"] == "32 of 35 tokens are cached: 32 on disk"
+    assert moments["loading"] == "32 tokens from the host"
 
 
 def test_nobody_reads_and_memory_stays_bounded() -> None:

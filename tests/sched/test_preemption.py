@@ -48,7 +48,7 @@ def test_only_the_tail_that_is_needed_is_lost_and_only_it_is_computed_again() ->
     assert (preempted.request_id, preempted.by) == ("young", None)
     assert preempted.detail == "recompute, 9 blocks given back: none is left for its next token"
     (resumed,) = [e for e in events_of(engine) if e.kind == "resumed"]
-    assert resumed.detail == "24 of 37 tokens are cached", "the old one has taken three of its nine"
+    assert resumed.detail == "24 of 37 tokens are cached: 24 on the device", "the old one has taken three of its nine"
 
 
 def test_who_yields_a_slot_alone_loses_nothing() -> None:
@@ -60,7 +60,7 @@ def test_who_yields_a_slot_alone_loses_nothing() -> None:
     (preempted,) = [e for e in events_of(engine) if e.kind == "preempted"]
     assert (preempted.request_id, preempted.by) == ("low", "high")
     (resumed,) = [e for e in events_of(engine) if e.kind == "resumed"]
-    assert resumed.detail == "20 of 24 tokens are cached"
+    assert resumed.detail == "20 of 24 tokens are cached: 20 on the device"
     assert [e.request_id for e in events_of(engine) if e.kind == "finished"] == ["high", "low"]
 
 

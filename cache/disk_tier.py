@@ -1,47 +1,21 @@
 """The disk tier: which keys are on disk, what may go, and whether the disk can be trusted at the moment.
 
 Bookkeeping alone; the files are behind the Transfer door. After a fault of the disk itself it is not read, or not
-written, for a while, and requests compute instead. The pause doubles with each further fault. Reading and writing fail
-apart: a full disk can still be read.
+written, for a while (`pause`), and requests compute instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from jserve.cache.eviction import EvictionOrder
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-
-
-@dataclass(slots=True)
-class Pause:
-    """Whether one direction can be trusted at the moment."""
-
-    until_s: float = 0.0
-    next_s: float = FIRST_PAUSE_S
-
-    def is_over(self, now_s: float) -> bool:
-        return now_s >= self.until_s
-
-    def fault(self, now_s: float) -> bool:
-        """The disk has failed; returns whether it is the first time since it last worked."""
-        first = self.next_s == FIRST_PAUSE_S
-        self.until_s = now_s + self.next_s
-        self.next_s = min(2 * self.next_s, LONGEST_PAUSE_S)
-        return first
-
-    def works(self) -> None:
-        self.next_s = FIRST_PAUSE_S
-
-    def end(self) -> None:
-        """Try again at once."""
-        self.until_s = 0.0
+from jserve.cache.pause import Pause
 
 
 class DiskTier:
     """Up to `num_blocks` blocks on disk."""
+
+    name = "disk"
 
     def __init__(self, num_blocks: int, eviction: str = "lru", present: Iterable[bytes] = ()) -> None:
         """`present`: what an earlier process has left, least recently used first."""

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field
 
 from jserve.cache.kv_cache import BlockTable
-from jserve.cache.restore import GapLoad, GapRead
+from jserve.cache.restore import LATE, GapLoad, GapRead
 from jserve.cache.staging import StagingRegion
 from jserve.cache.tiers import Tiers
 from jserve.cache.transfer import Completion
@@ -134,11 +134,14 @@ class Gaps:
     def step(self) -> None:
         """Copy on what has come."""
         for gap in list(self.open):
-            if gap.admitted and gap.to_load and gap.load_ticket is None:
+            if gap.admitted and gap.load_ticket is None:
                 self._load(gap)
 
     def _load(self, gap: Gap) -> None:
         host, keys = self.tiers.host, gap.table.keys
+        if not self.tiers.host_is_read:
+            self.expire(gap)
+            return
         gone = [i for i in gap.to_load if i not in gap.slots and keys[i] not in host]
         if gone:
             self._lose(gap, max(gone))
@@ -153,7 +156,7 @@ class Gaps:
         sources = [gap.slots[i] if i in gap.slots else host.slot(keys[i]) for i in blocks]
         own = [gap.slots.pop(i) for i in blocks if i in gap.slots]
         gap.to_load.difference_update(blocks)
-        load = GapLoad(gap, blocks, pins, own)
+        load = GapLoad(gap, blocks, pins, own, self.tiers.now_s)
         ticket = self.tiers.ticket(load)
         load.ordered = self.tiers.transfer.load(ticket, sources, [gap.table.blocks[i] for i in blocks])
         if load.ordered:  # the steps to come may read them
@@ -174,9 +177,11 @@ class Gaps:
 
     def give_up_load(self, load: GapLoad) -> None:
         """It has been cancelled."""
-        load.gap.load_ticket = None
         self._free(load)
-        self._lose(load.gap, load.blocks[-1])
+        self.tiers.count_failed_load(LATE)
+        if not load.ordered:
+            load.gap.load_ticket = None
+            self._lose(load.gap, load.blocks[-1])
 
     def _free(self, load: GapLoad) -> None:
         for key in load.pins:

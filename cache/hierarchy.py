@@ -33,7 +33,7 @@ from jserve.cache.gap import Gap, Gaps
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import Admission, BlockTable, Kept, KVCache, Staging
 from jserve.cache.read_ahead import ReadAhead
-from jserve.cache.restore import ENDLESS, GapLoad, GapRead, Load, Read, Restore, Store, Write
+from jserve.cache.restore import ENDLESS, LATE, GapLoad, GapRead, Load, Operation, Read, Restore, Store, Write
 from jserve.cache.staging import StagingRegion
 from jserve.cache.tiers import Tiers
 from jserve.cache.transfer import Completion, Transfer
@@ -129,6 +129,8 @@ class TieredCache(KVCache):
             disk = self.disk.reach(keys, most)
             self.disk.use(keys, disk)
         self.ahead.arrived(keys, {device, host, disk})
+        if not self.tiers.host_is_read:
+            return device, device, device
         return device, max(device, host), max(device, host, disk)
 
     def kept(self, table: BlockTable, token_ids: list[int]) -> Kept:
@@ -178,7 +180,7 @@ class TieredCache(KVCache):
         found: list[int | None] = []
         for i, key in enumerate(table.keys[: self._most_blocks(len(token_ids))]):
             block = self.index.block_of(key)
-            if block is None and (i >= split or not self.host.is_ready(key)):
+            if block is None and (i >= split or not self.host.is_ready(key) or not self.tiers.host_is_read):
                 break
             found.append(block)
         return found
@@ -220,11 +222,11 @@ class TieredCache(KVCache):
             self.tiers.restores[restore] = None
         restore.device_blocks, restore.reach_blocks = places[0], reach
         self.staging.deferred.pop(restore, None)
-        self._wait(restore)
+        self._timed.pop(restore, None)
         last_of_runs = [table.keys[i] for i, after in zip(places, [*places[1:], -1], strict=True) if after != i + 1]
         for key in last_of_runs:
             self.host.pin(key)
-        restore.load_ticket = self.tiers.ticket(Load(restore, len(places), last_of_runs))
+        restore.load_ticket = self.tiers.ticket(Load(restore, len(places), last_of_runs, self.tiers.now_s))
         slots, blocks = [self.host.slot(table.keys[i]) for i in places], [table.blocks[i] for i in places]
         restore.loaded = self.tiers.transfer.load(restore.load_ticket, slots, blocks) or None
         return self._take_loaded(table, restore)
@@ -309,6 +311,9 @@ class TieredCache(KVCache):
     def _cancel_load(self, ticket: int) -> None:
         load = self.tiers.cancel(ticket)
         assert isinstance(load, Load)
+        self._unpin(load)
+
+    def _unpin(self, load: Load) -> None:
         for key in load.pins:
             self.host.unpin(key)
 
@@ -340,6 +345,8 @@ class TieredCache(KVCache):
         return kept
 
     def swap_or_recompute(self, table: BlockTable, num_tokens: int) -> SwapDecision:
+        if not (self.tiers.host_is_read and self.tiers.host_is_written):
+            return SwapDecision(False, 0.0, 0.0, "recompute: the host tier has failed a moment ago")
         written = self.host.reach(table.keys, table.num_published) * self.block_size
         room = self.host.num_slots - self.staging.taken
         return swap_or_recompute(self.cost, num_tokens, min(written, num_tokens), room)
@@ -375,10 +382,11 @@ class TieredCache(KVCache):
     @property
     def busy(self) -> bool:
         """Whether polling will bring anything without another request."""
-        return bool(self.tiers.under_way or self.stores) or self.writes.busy
+        return bool(self.tiers.under_way) or self.stores.busy or self.writes.busy
 
     def drain(self) -> None:
         self.ahead.seconds = 0.0
+        self.host.writing.end()
         if self.disk is not None:
             self.disk.writing.end()
 
@@ -397,6 +405,9 @@ class TieredCache(KVCache):
             "host_used_blocks": len(self.host) + self.host.num_borrowed,
             "host_used_bytes": (len(self.host) + self.host.num_borrowed) * size,
             "host_evictions": self.host.evictions,
+            "host_faults": self.host.faults,
+            "host_is_read": self.tiers.host_is_read,
+            "host_is_written": self.tiers.host_is_written,
             "host_write_back_backlog": self.host.write_back_backlog,
             "staging_blocks": self.staging.taken,
             "copies_in_flight": len(self.tiers.under_way),
@@ -415,8 +426,7 @@ class TieredCache(KVCache):
         self.tiers.transfer.close()
 
     def _loaded(self, load: Load, end: Completion) -> None:
-        for key in load.pins:
-            self.host.unpin(key)
+        self._unpin(load)
         load.restore.loaded = self.tiers.count_load(load.blocks, end)
 
     def _expire(self) -> None:
@@ -424,30 +434,34 @@ class TieredCache(KVCache):
             del self._timed[restore]
             self._give_up_waiting(restore)
         late_s = self.tiers.now_s - self.wait_limit_s
-        for ticket, operation in list(self.tiers.under_way.items()):
-            # A disk that hangs must not keep slots, nor make every later request wait for it.
-            if isinstance(operation, Read | Write | GapRead) and operation.start_s <= late_s:
-                if ticket not in self.tiers.under_way:
-                    continue  # nobody needs it any more, now that another is given up
-                self.tiers.cancel(ticket)
-                match operation:
-                    case Read():
-                        self.staging.give_up(operation)
-                    case GapRead():
-                        self.gaps.give_up_read(operation)
-                    case Write():
-                        self.writes.give_up(operation)
+        for ticket in [t for t, operation in self.tiers.under_way.items() if operation.start_s <= late_s]:
+            if ticket in self.tiers.under_way:  # else nobody needs it any more, now that another is given up
+                self._give_up(self.tiers.cancel(ticket))
         for gap in [gap for gap in self.gaps.open if self.tiers.now_s >= gap.deadline_s]:
             self.tier_stats.expired_waits += 1
             self.gaps.expire(gap)
 
+    def _give_up(self, operation: Operation) -> None:
+        """What hangs must not keep slots or pins, nor make every later request wait for it."""
+        match operation:
+            case Store():
+                self.stores.give_up(operation)
+            case Load():
+                self._unpin(operation)
+                self.tiers.count_failed_load(LATE)
+                self.tier_stats.expired_waits += operation.restore.loaded is None
+                operation.restore.loaded = bool(operation.restore.loaded)
+            case Read():
+                self.staging.give_up(operation)
+            case Write():
+                self.writes.give_up(operation)
+            case GapRead():
+                self.gaps.give_up_read(operation)
+            case GapLoad():
+                self.gaps.give_up_load(operation)
+
     def _give_up_waiting(self, restore: Restore) -> None:
-        if restore.load_ticket is not None:
-            if restore.loaded is None:
-                self.tier_stats.expired_waits += 1
-                self._cancel_load(restore.load_ticket)
-                restore.loaded = False
-        elif not self.staging.advance(restore):
+        if not self.staging.advance(restore):
             self.tier_stats.expired_waits += 1
             self.staging.deferred.pop(restore, None)  # what is slow now is not asked again
             self.staging.cut(restore)

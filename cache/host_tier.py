@@ -10,15 +10,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from jserve.cache.eviction import EvictionOrder
+from jserve.cache.pause import Pause
 
 
 class HostTier:
     """`num_slots` blocks of host memory."""
 
+    name = "host"
+
     def __init__(self, num_slots: int, eviction: str = "lru") -> None:
         self.num_slots = num_slots
         self.evictions = 0
         self.num_borrowed = 0
+        self.faults = 0
+        self.reading, self.writing = Pause(), Pause()
+        """Of the link to the device, one for each direction."""
         self._order = EvictionOrder(eviction)
         self._slot_of: dict[bytes, int] = {}
         self._parent_of: dict[bytes, bytes | None] = {}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jserve.cache.gap import Gap
 
 ENDLESS = 1 << 60
+LATE = "a copy to the device takes too long"
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +78,7 @@ class Store:
     """Device to host, of blocks whose slots are being filled."""
 
     keys: list[bytes]
+    start_s: float
 
 
 @dataclass(slots=True)
@@ -87,6 +89,7 @@ class Load:
     blocks: int
     pins: list[bytes]
     """The last of each run of its source blocks."""
+    start_s: float
 
 
 @dataclass(slots=True)
@@ -132,6 +135,7 @@ class GapLoad:
     """The source blocks in the host tier."""
     slots: list[int]
     """The other sources."""
+    start_s: float
     ordered: bool = False
     """Whether the steps after its start may use them (`Transfer.load`)."""
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from types import UnionType
 
 from jserve.cache.cost import CostModel, LinkCost
-from jserve.cache.disk_tier import DiskTier, Pause
+from jserve.cache.disk_tier import DiskTier
 from jserve.cache.host_tier import HostTier
+from jserve.cache.pause import Pause
 from jserve.cache.prefix_index import PrefixIndex
 from jserve.cache.restore import Operation, Restore
 from jserve.cache.returns import Returns
@@ -53,6 +54,15 @@ class Tiers:
         self.host.set_now(now_s)
         if self.disk is not None:
             self.disk.set_now(now_s)
+
+    @property
+    def host_is_read(self) -> bool:
+        """Whether the link to the device can be trusted at the moment."""
+        return self.host.reading.is_over(self.now_s)
+
+    @property
+    def host_is_written(self) -> bool:
+        return self.host.writing.is_over(self.now_s)
 
     @property
     def disk_is_read(self) -> bool:
@@ -100,12 +110,17 @@ class Tiers:
         stats = self.stats
         stats.load_s += end.seconds
         if end.error is not None:
-            stats.failed_loads += 1
+            self.count_failed_load(end.error)
             return False
+        self.host.reading.works()
         stats.loaded_blocks += blocks
         stats.loaded_bytes += end.num_bytes
         self.observe(self.cost.host_to_device, end, blocks / self.cost.blocks_per_copy)
         return True
+
+    def count_failed_load(self, error: str) -> None:
+        self.stats.failed_loads += 1
+        self.fault(self.host, self.host.reading, "read", error)
 
     def count_read(self, key: bytes, version: int | None, end: Completion) -> bool:
         """The read of this copy of a block has ended; whether it is there."""
@@ -122,20 +137,19 @@ class Tiers:
         stats.corrupt_blocks += end.corrupt
         self.disk.drop(key, version)  # computed again, it is written again, which mends what is damaged
         if end.device_fault:
-            self.fault(self.disk.reading, "read", end.error)
+            self.fault(self.disk, self.disk.reading, "read", end.error)
         return False
 
     def count_late_read(self) -> None:
         """A read was cancelled because it took too long."""
         assert self.disk is not None
         self.stats.failed_reads += 1
-        self.fault(self.disk.reading, "read", "a read takes too long")
+        self.fault(self.disk, self.disk.reading, "read", "a read takes too long")
 
-    def fault(self, pause: Pause, doing: str, error: str) -> None:
-        """The disk as such has failed, and will not be used this way for a while."""
-        assert self.disk is not None
+    def fault(self, tier: HostTier | DiskTier, pause: Pause, doing: str, error: str) -> None:
+        """The tier as such has failed, and will not be used this way for a while."""
         if not pause.is_over(self.now_s):
             return
-        self.disk.faults += 1
+        tier.faults += 1
         if pause.fault(self.now_s):
-            self.note(f"the disk tier is not {doing} for a while, and its share is computed again: {error}")
+            self.note(f"the {tier.name} tier is not {doing} for a while, and its share is computed again: {error}")

@@ -65,4 +65,4 @@ class WriteBack:
         tiers.host.write_back_again(write.key)
         tiers.disk.give_up()
         tiers.stats.failed_writes += 1
-        tiers.fault(tiers.disk.writing, "written", error)
+        tiers.fault(tiers.disk, tiers.disk.writing, "written", error)

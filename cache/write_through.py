@@ -36,6 +36,11 @@ class WriteThrough:
         """Blocks that wait for their turn, and maybe some that need none any more."""
         return len(self._waiting)
 
+    @property
+    def busy(self) -> bool:
+        """Whether blocks wait that can be copied now."""
+        return bool(self._waiting) and self.tiers.host_is_written
+
     def add(self, table: BlockTable, i: int) -> None:
         """Block `i` of the table has become findable."""
         self._waiting.append(_source(table, i, table.blocks[i]))
@@ -51,7 +56,7 @@ class WriteThrough:
 
     def step(self) -> None:
         """Copy what is due."""
-        if self._waiting and self.tiers.in_flight(Store) < STORES_IN_FLIGHT:
+        if self.busy and self.tiers.in_flight(Store) < STORES_IN_FLIGHT:
             self._store(self._due())
 
     def _due(self) -> Iterator[Source]:
@@ -86,7 +91,9 @@ class WriteThrough:
         for key, parent, block in blocks:
             # Without its parent on the host nobody could find it there.
             slot = (
-                host.reserve(key, parent, self.tiers.returns.due_s(key)) if parent is None or parent in host else None
+                host.reserve(key, parent, self.tiers.returns.due_s(key))
+                if self.tiers.host_is_written and (parent is None or parent in host)
+                else None
             )
             if slot is None:
                 self.tiers.stats.skipped_stores += 1
@@ -95,18 +102,28 @@ class WriteThrough:
             slots.append(slot)
             sources.append(block)
         if keys:
-            self.tiers.transfer.store(self.tiers.ticket(Store(keys)), sources, slots)
+            self.tiers.transfer.store(self.tiers.ticket(Store(keys, self.tiers.now_s)), sources, slots)
 
     def ended(self, store: Store, end: Completion) -> None:
         tiers, stats = self.tiers, self.tiers.stats
         stats.store_s += end.seconds
         if end.error is not None:
-            stats.failed_stores += 1
-            for key in store.keys:
-                tiers.lose(key)
+            self._fail(store, end.error)
             return
+        tiers.host.writing.works()
         for key in store.keys:
             tiers.host.fill(key, write_back=tiers.disk is not None and key not in tiers.disk)
         stats.stored_blocks += len(store.keys)
         stats.stored_bytes += end.num_bytes
         tiers.observe(tiers.cost.device_to_host, end, len(store.keys) / tiers.cost.blocks_per_copy)
+
+    def give_up(self, store: Store) -> None:
+        """It has been cancelled."""
+        self._fail(store, "a copy from the device takes too long")
+
+    def _fail(self, store: Store, error: str) -> None:
+        tiers = self.tiers
+        tiers.stats.failed_stores += 1
+        for key in store.keys:
+            tiers.lose(key)
+        tiers.fault(tiers.host, tiers.host.writing, "written", error)

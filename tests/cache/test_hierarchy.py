@@ -286,9 +286,64 @@ def test_a_tier_that_always_fails_costs_only_its_benefit(kind: str) -> None:
     for i in range(1, 4):
         world.ask(f"other {i}", prompt_of(i, 40))
     world.ask("again", first)
-    if kind in ("read", "write"):
-        assert len(world.notes) == 1
+    assert len(world.notes) == 1
     world.check_nothing_is_held()
+
+
+@pytest.mark.parametrize("kind", ["store", "load"])
+def test_a_link_that_hangs_costs_one_request_its_time_and_recovers(kind: str) -> None:
+    hangs = True
+    world = World(
+        host=40, disk_blocks=None, copy_s=lambda k, blocks: 1e9 if k == kind and hangs else 0.0, wait_limit_s=2.0
+    )
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    world.ask("again", first)
+    pause = world.cache.host.writing if kind == "store" else world.cache.host.reading
+    assert not pause.is_over(world.clock.now())
+    for i in range(1, 4):
+        asked_s = world.clock.now()
+        world.ask(f"other {i} again", prompt_of(i, 40))
+        assert world.clock.now() - asked_s < 0.5
+    stats = world.cache.stats()
+    assert len(world.notes) == stats["host_faults"] == 1
+    assert not world.cache.host._filling
+    assert not world.engine.has_work
+    world.check_nothing_is_held()
+    hangs = False
+    world.clock.wait(2.0)
+    first = world.ask("first, later", first)
+    world.ask("flood", prompt_of(9, 40))
+    before = world.cache.tier_stats.loaded_blocks
+    world.ask("from the host", first)
+    assert world.cache.tier_stats.loaded_blocks > before
+    world.check_nothing_is_held()
+
+
+def test_a_load_that_nobody_waits_for_and_that_hangs_keeps_no_source() -> None:
+    slow = {"load": 1e9}
+    world = World(
+        disk_blocks=None, orders_loads=True, copy_s=lambda kind, blocks: slow.get(kind, 0.0), wait_limit_s=2.0
+    )
+    first = world.ask("first", prompt_of(0, 30))
+    world.ask("flood", prompt_of(1, 40))
+    world.add("again", first)
+    while not world.said["again"]:
+        world.step()
+    world.clock.wait(2.0)
+    world.run()
+    assert world.said["again"] == expected_tokens(first, 4, VOCAB)
+    world.check_nothing_is_held()
+
+
+def test_nothing_is_swapped_over_a_link_that_has_just_failed() -> None:
+    swapped = Swapped()
+    swapped.cache.tiers.fault(swapped.cache.host, swapped.cache.host.writing, "written", "it failed")
+    assert not swapped.cache.swap_or_recompute(swapped.table, 21).swap
+    assert swapped.cache.swap_out(swapped.table) == 0
+    swapped.cache.release(swapped.table)
+    swapped.world.check_nothing_is_held()
 
 
 def test_a_full_disk_is_still_read_and_complained_of_once() -> None:
@@ -415,6 +470,7 @@ def test_what_the_host_had_no_slot_for_is_stored_when_it_is_used_again() -> None
     first = world.ask("first", prompt_of(0, 30))
     assert world.cache.tier_stats.stored_blocks == 0
     fails = False
+    world.clock.wait(2.0)  # it is tried again after a pause
     again = world.ask("again", first)
     assert world.cached["again"] == 32
     world.ask("flood", prompt_of(1, 155))  # takes all of the device

@@ -119,7 +119,7 @@ class Hierarchy(RuleBasedStateMachine):
     def delay(self, kind: str, delay_s: float) -> None:
         self.delay_s[kind] = delay_s
 
-    @rule(kinds=st.sets(st.sampled_from(["load", "read", "write"]), min_size=1))
+    @rule(kinds=st.sets(st.sampled_from(KINDS), min_size=1))
     def hang(self, kinds: set[str]) -> None:
         for kind in kinds:  # what has its turn among the steps ends when they do
             self.delay_s[kind] = 0.15 if kind == "load" and self.world.transfer.orders_loads else NEVER

@@ -70,9 +70,9 @@ class CacheConfig:
     restore: str = "cost"
     """How much of a history to load rather than compute: cost (what is measured to be quicker), flashgen (from disk
     only while another request waits), threshold:TOKENS (the same, and only more tokens than that), always, never."""
-    eviction: Eviction = "lru"
-    """What leaves a full tier first: lru, fifo, lookahead (what no waiting request needs), or returns (conversations
-    whose return is predicted to be farthest away; lru where nothing can be predicted)."""
+    eviction: Eviction = "returns"
+    """What leaves a full tier first: returns (conversations whose return is predicted to be farthest away; lru where
+    nothing can be predicted), lru, fifo, or lookahead (what no waiting request needs)."""
     read_ahead_s: float = 0.05
     """While no request waits for the disk, conversations that are predicted to return soon are read from it, with so
     many seconds of reading under way at once: a request that comes then waits for the disk that much longer. 0: it is

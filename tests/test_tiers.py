@@ -50,7 +50,7 @@ def make_engine(
     restore: str = "always",
     tp: int = 1,
     preempt: Preempt = "recompute",
-    eviction: Eviction = "lru",
+    eviction: Eviction = "returns",
 ) -> Engine:
     mesh = make_mesh(tp)
     loaded = checkpoints.load(MODEL, mesh=mesh, dtype=np.float32)
@@ -140,7 +140,7 @@ def test_what_is_read_ahead_has_the_same_tokens(
     monkeypatch.setattr(GapModel, "gap_s", lambda model, tokens: 0.2 * rng.random())
     monkeypatch.setattr(read_ahead, "MARGIN", 1.0)
     monkeypatch.setattr(read_ahead, "MARGIN_S", 0.0)
-    engine = make_engine(device=24, host=26, directory=tmp_path, eviction="returns")
+    engine = make_engine(device=24, host=26, directory=tmp_path)
     tiers = tiers_of(engine).tiers
 
     def pause() -> None:

@@ -206,6 +206,10 @@ class Reach:
     """Host blocks that staging may still take."""
     others: int = 0
     """Requests that wait for the device while this one is computed on it."""
+    disk_wait_s: float = 0.0
+    """Time until the disk has read what was promised before."""
+    readers: int = 0
+    """Requests that wait for the disk while it is read for this one."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.device_blocks <= self.host_blocks <= self.disk_blocks:
@@ -254,10 +258,10 @@ Strategy = Callable[[CostModel, Reach], RestorePlan]
 class _Outlook:
     """The time to first token as a function of the split, or of the gap, in blocks.
 
-    A block of the disk part is read during the time that the queue takes anyway (`hidden_s`); what is left of the
-    reading, the copies from host to device and the computation follow. So for host reach h and device reach d
+    The disk part is read once the disk is free, during the time that the queue takes anyway (`hidden_s`); what is left
+    of the reading, the copies from host to device and the computation follow. So for host reach h and device reach d
 
-        load(x)    = max(0, (x - h)·t_disk - hidden) + (x - d)·t_link
+        load(x)    = max(0, disk_wait + (x - h)·t_disk - hidden, if x > h) + (x - d)·t_link
         compute(x) = prefill(prompt - x·block, x·block)
 
     and the time to first token is hidden + load(x) + compute(x).
@@ -282,7 +286,10 @@ class _Outlook:
 
     def read_s(self, blocks: int, beside_s: float = 0.0) -> float:
         """What is left of reading so many blocks when the request is admitted, and so much later."""
-        return max(0.0, blocks * self._disk_s - self.reach.hidden_s - beside_s)
+        if not blocks:
+            return 0.0
+        reach = self.reach
+        return max(0.0, reach.disk_wait_s + blocks * self._disk_s - reach.hidden_s - beside_s)
 
     def load_s(self, split: int) -> float:
         reach = self.reach
@@ -296,21 +303,27 @@ class _Outlook:
         return self.reach.hidden_s + self.load_s(split) + self.compute_s(split)
 
     def delay_s(self, split: int) -> float:
-        """What all together wait: the request itself, and those beside it for the device's time that it takes."""
+        """What all together wait: the request itself, and those beside it for the device's and the disk's time that it
+        takes."""
         reach = self.reach
-        return reach.hidden_s + self.load_s(split) + (1 + reach.others) * self.compute_s(split)
+        alone_s = reach.hidden_s + self.load_s(split) + self.compute_s(split)
+        return alone_s + reach.others * self.compute_s(split) + self.others_read_s(split - reach.host_blocks)
+
+    def others_read_s(self, blocks: int) -> float:
+        """What those who wait for the disk wait together for so many blocks, if any."""
+        return self.reach.readers * max(0, blocks) * self._disk_s
 
     def best_split(self, most: int) -> int:
         """The split up to `most` blocks with the least delay; of equal ones the longest load.
 
-        compute(x) is concave and falls, load(x) is linear but for two corners: at the host's reach, and where the
-        disk part is no longer hidden. So the sum is least at an end or a corner.
+        compute(x) is concave and falls, load(x) is linear but for a step after the host's reach, where the disk is
+        not free, and a corner where the disk part is no longer hidden. So the sum is least at an end or a corner.
         """
         reach = self.reach
         hidden = reach.host_blocks
         if self._disk_s > 0:
-            hidden += math.floor(min(reach.hidden_s / self._disk_s, most))
-        corners = {reach.device_blocks, reach.host_blocks, hidden, hidden + 1, most}
+            hidden += math.floor(min(max(0.0, reach.hidden_s - reach.disk_wait_s) / self._disk_s, most))
+        corners = {reach.device_blocks, reach.host_blocks, reach.host_blocks + 1, hidden, hidden + 1, most}
         return min((x for x in corners if x <= most), key=lambda x: (self.delay_s(x), -x))
 
     def bring_s(self, front: int, start: int, end: int) -> float:
@@ -345,7 +358,7 @@ class _Outlook:
                 continue
             start = self._best_start(front, low, high, end)
             ttft_s, device_s = self.gap_times_s(front, start, end)
-            delay_s = ttft_s + reach.others * device_s
+            delay_s = ttft_s + reach.others * device_s + self.others_read_s(end - max(start, host))
             if delay_s < below_s:
                 best, below_s = (front, start, end), delay_s
         return best
@@ -360,6 +373,7 @@ class _Outlook:
         host, others = self.reach.host_blocks, self.reach.others
         disk_s, link_s = self._disk_s, self._link_s
         lead_s = self.reach.hidden_s + (front - self.reach.device_blocks) * link_s - link_s
+        lead_s -= self.reach.disk_wait_s if end > host else 0.0
         linear = prefill.scale * block * (prefill.per_token_s + prefill.per_pair_s * block * front)
         square, fixed = prefill.scale * prefill.per_pair_s * block * block / 2, prefill.scale * prefill.overhead_s
         while low < high:
@@ -371,7 +385,8 @@ class _Outlook:
             brought_s = (end - middle) * link_s
             now_s = max(before_s, brought_s, link_s, unread * disk_s - lead_s)
             later_s = max(before_s + more_s, brought_s - link_s, link_s, (unread - (middle >= host)) * disk_s - lead_s)
-            if now_s <= later_s + others * more_s:
+            spared_s = self.reach.readers * disk_s if middle >= host else 0.0
+            if now_s <= later_s + others * more_s - spared_s:
                 high = middle
             else:
                 low = middle + 1

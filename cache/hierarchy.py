@@ -101,7 +101,18 @@ class TieredCache(KVCache):
         keys = restore.table.keys
         device, host, disk = self._reaches(keys, min(self._most_blocks(restore.num_tokens), len(keys)))
         others = waiting + self._running
-        reach = Reach(restore.num_tokens, device, host, disk, waiting, hidden_s, self.staging.room, others)
+        reach = Reach(
+            restore.num_tokens,
+            device,
+            host,
+            disk,
+            waiting,
+            hidden_s,
+            self.staging.room,
+            others,
+            disk_wait_s=self.staging.wait_s,
+            readers=len(self.staging.unread),
+        )
         plan = self.strategy(self.cost, reach)
         restore.split = device + plan.load_host_blocks + plan.stage_disk_blocks
         restore.wanted = restore.split + plan.deferred_disk_blocks

@@ -41,6 +41,12 @@ class StagingRegion:
     def room(self) -> int:
         return max(0, self.blocks - self.taken)
 
+    @property
+    def wait_s(self) -> float:
+        """What the disk takes for all that was promised, and not read yet."""
+        unread = sum(reader.num_unread for reader in self.unread)
+        return self.tiers.cost.stage_s(unread + self.tiers.in_flight(Read | GapRead))
+
     # --- room ---------------------------------------------------------------------------------------------------
 
     def promise(self, restore: Restore, blocks: int) -> None:

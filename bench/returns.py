@@ -8,7 +8,8 @@ work every strategy of eviction, without and with reading ahead; all else is the
 - constant: ShareGPT's chats, but everybody thinks for 80 s.
 - random: ShareGPT's chats, but think times are exponential, 80 s in the mean, whatever the answer.
 - agents: ShareGPT's chats, but the next question comes after 2 s in the mean, and one in twenty after 300 s.
-- mooncake: the conversation trace of a service, at its own times (Llama-3-8B on four H200, and 40 GiB of host memory).
+- mooncake: the conversation trace of a service, at its own times (Llama-3-8B on four H200, room for a million tokens on
+  the devices and 1.6 on the host). Its answers are of unknown text, so that no history reaches past a question.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CLIENTS = {"sharegpt": 50, "humaneval": 150, "constant": 50, "random": 50, "agen
 WARM_UP_TURNS, BLOCK_TOKENS, MAX_TOKENS = 10, 64, 16384
 MEAN_THINK_S = 80.0
 READ_AHEAD_S = CacheConfig().read_ahead_s
-MOONCAKE_DEVICES, MOONCAKE_HOST_GIB, MOONCAKE_MAX_TOKENS = 4, 40.0, 131_072
+MOONCAKE_DEVICES, MOONCAKE_BLOCKS, MOONCAKE_HOST_GIB, MOONCAKE_MAX_TOKENS = 4, 8000, 200.0, 131_072
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,11 @@ def _span(case: Case) -> Span:
 def _system(case: Case) -> System:
     if case.work == "mooncake":
         sizes = CacheConfig(
-            block_size=2 * BLOCK_TOKENS, host_gib=MOONCAKE_HOST_GIB, disk_dir="simulated", disk_gib=2000.0
+            block_size=128,
+            device_blocks=MOONCAKE_BLOCKS,
+            host_gib=MOONCAKE_HOST_GIB,
+            disk_dir="simulated",
+            disk_gib=2000.0,
         )
         caching, scheduling = arm("jserve").policies(sizes, SchedConfig(max_waiting=100_000, admission="queue"))
         of = system(

@@ -142,6 +142,8 @@ class CostModel:
     block_bytes: int
     blocks_per_copy: int = 1
     """Blocks that one copy between device and host carries, when there are many to carry."""
+    copies_beside_steps: bool = True
+    """Whether copies between device and host leave the device's time to the steps, as a GPU's copy engines do."""
 
     def load_s(self, blocks: float) -> float:
         """Host to device."""
@@ -501,27 +503,33 @@ class SwapDecision:
 
 
 def swap_or_recompute(
-    model: CostModel, tokens: int, written_tokens: int = 0, host_room_blocks: int | None = None
+    model: CostModel, tokens: int, written_tokens: int = 0, host_room_blocks: int | None = None, others: int = 0
 ) -> SwapDecision:
     """Whether a sequence with the KV of `tokens` on the device is cheaper to copy out and back, or to compute again.
 
     `written_tokens` have been written through to the host, so that they are copied one way only. A last block that is
     not full is computed again in either case. `host_room_blocks`: free blocks of the host; None if there is no limit.
     This is the comparison of "Uncover the Overhead and Resource Usage for Handling KV Cache Overflow in LLM
-    Inference" (SC'24 poster), where both directions were always copied.
+    Inference" (SC'24 poster), where both directions were always copied, and everybody waited for either.
+
+    `others`: requests that run meanwhile. What is compared is the wait of all together: computing takes the device from
+    each of them, in steps that they take anyway; copying does so only where it is not done beside the steps.
     """
     blocks = tokens // model.block_tokens
     out = max(0, blocks - written_tokens // model.block_tokens)
     tail = tokens - blocks * model.block_tokens
-    swap_s = (model.store_s(out) if out else 0.0) + (model.load_s(blocks) if blocks else 0.0)
-    swap_s += model.prefill.seconds(tail, tokens - tail)
-    recompute_s = model.prefill.seconds(tokens)
+    copy_s = (model.store_s(out) if out else 0.0) + (model.load_s(blocks) if blocks else 0.0)
+    tail_s, recompute_s = model.prefill.seconds(tail, tokens - tail), model.prefill.seconds(tokens)
+    swap_s = copy_s + tail_s
     if host_room_blocks is not None and out > host_room_blocks:
         why = f"recompute: {out} blocks have no place on the host, where {host_room_blocks} are free"
         return SwapDecision(False, swap_s, recompute_s, why)
-    swap = swap_s <= recompute_s
+    step_s = model.prefill.scale * model.prefill.overhead_s
+    taken_s = max(0.0, tail_s - step_s) + (0.0 if model.copies_beside_steps else copy_s)
+    swap = swap_s + others * taken_s <= recompute_s + others * max(0.0, recompute_s - step_s)
     why = f"{'swap' if swap else 'recompute'}: swap takes {swap_s:.4g} s ({out} blocks out, {blocks} back), "
-    return SwapDecision(swap, swap_s, recompute_s, why + f"recompute {recompute_s:.4g} s")
+    why += f"recompute {recompute_s:.4g} s" + (f", which {others} others wait for" if others else "")
+    return SwapDecision(swap, swap_s, recompute_s, why)
 
 
 def break_even_tokens(model: CostModel, most_tokens: int, *, from_disk: bool) -> int | None:

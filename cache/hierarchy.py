@@ -355,12 +355,12 @@ class TieredCache(KVCache):
         self.tier_stats.swapped_blocks += kept
         return kept
 
-    def swap_or_recompute(self, table: BlockTable, num_tokens: int) -> SwapDecision:
+    def swap_or_recompute(self, table: BlockTable, num_tokens: int, others: int = 0) -> SwapDecision:
         if not (self.tiers.host_is_read and self.tiers.host_is_written):
             return SwapDecision(False, 0.0, 0.0, "recompute: the host tier has failed a moment ago")
         written = self.host.reach(table.keys, table.num_published) * self.block_size
         room = self.host.num_slots - self.staging.taken
-        return swap_or_recompute(self.cost, num_tokens, min(written, num_tokens), room)
+        return swap_or_recompute(self.cost, num_tokens, min(written, num_tokens), room, others)
 
     # --- completions --------------------------------------------------------------------------------------------
 

@@ -235,8 +235,10 @@ class KVCache:
         self.truncate(table, num_blocks)
         return 0
 
-    def swap_or_recompute(self, table: BlockTable, num_tokens: int) -> SwapDecision:
-        """Whether a sequence with the KV of `num_tokens` should be swapped out when it is preempted."""
+    def swap_or_recompute(self, table: BlockTable, num_tokens: int, others: int = 0) -> SwapDecision:
+        """Whether a sequence with the KV of `num_tokens` should be swapped out when it is preempted, while `others`
+        run.
+        """
         return SwapDecision(False, 0.0, 0.0, "recompute: there is no host tier")
 
     def computable(self, table: BlockTable, num_tokens: int) -> int:

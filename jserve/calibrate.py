@@ -71,7 +71,16 @@ def measure(config: EngineConfig, runner: Runner, transfer: Transfer, progress: 
             progress.note(f"the disk cannot be measured ({error}): guessing what it takes")
     block_tokens = runner.info.block_size
     return CostModel(
-        prefill, decode, to_device, to_host, read, write, block_tokens, runner.block_bytes, blocks_per_copy=16
+        prefill,
+        decode,
+        to_device,
+        to_host,
+        read,
+        write,
+        block_tokens,
+        runner.block_bytes,
+        blocks_per_copy=16,
+        copies_beside_steps=not runner.copies_directly,
     )
 
 

@@ -55,7 +55,7 @@ def preempt(state: State, victim: Sequence, by: Sequence) -> None:
     Its full blocks stay findable until somebody takes them, the last first: no more of it is lost than is needed.
     """
     blocks = len(victim.table.blocks)
-    decision = state.cache.swap_or_recompute(victim.table, victim.num_computed)
+    decision = state.cache.swap_or_recompute(victim.table, victim.num_computed, max(0, len(state.running) - 1))
     swapped = victim.phase is Phase.RUNNING and state.swaps(decision)
     detail = f"recompute, {blocks} blocks given back"
     if swapped:

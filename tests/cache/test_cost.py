@@ -94,6 +94,19 @@ def test_a_swap_without_room_on_the_host_is_a_recompute() -> None:
     assert swap_or_recompute(model, 4096, written_tokens=4096, host_room_blocks=0).swap
 
 
+def test_where_others_run_a_slow_copy_beside_them_is_better_than_to_compute_before_them() -> None:
+    at_8 = per_layer_copies(8)
+    alone = swap_or_recompute(at_8, 4096)
+    assert not alone.swap
+    among = swap_or_recompute(at_8, 4096, others=1)
+    assert among.swap
+    assert (among.swap_s, among.recompute_s) == (alone.swap_s, alone.recompute_s)
+    in_their_way = replace(at_8, copies_beside_steps=False)
+    assert not swap_or_recompute(in_their_way, 4096, others=20).swap
+    slow = replace(at_8, host_to_device=LinkCost(1e8), device_to_host=LinkCost(1e8))
+    assert not swap_or_recompute(slow, 4096, others=1).swap
+
+
 @pytest.mark.parametrize(
     ("name", "num_params", "kv_bytes", "flops", "efficiency", "gb_per_s"),
     [

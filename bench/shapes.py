@@ -34,6 +34,8 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     # Much to compute for a token and little KV, so that loading wins even on a small CPU.
     "wide": _llama_2(1024, 2, 8, 4096, kv_heads=2) | {"vocab_size": 4096},
     "llama-2-7b": _llama_2(4096, 32, 32, 11008),
+    # As the recompute-or-swap poster's Yarn-Llama-2-7B-64k, whose positions reach further.
+    "llama-2-7b-64k": _llama_2(4096, 32, 32, 11008) | {"max_position_embeddings": 65536},
     "llama-2-13b": _llama_2(5120, 40, 40, 13824),
     "llama-2-70b": _llama_2(8192, 80, 64, 28672, kv_heads=8),
     "opt-13b": _opt(5120, 40, 40),

@@ -6,14 +6,16 @@ poster's swaps are out and in; one way only is what remains where full blocks ha
 (FlashGen). All of it is simulated: formulas of a fit to its A100 (`published.json` names the sources), and for the
 sweeps of many requests the production scheduler and cache over simulated time.
 
-Without --sim: requests of several lengths are made to give way on the real engine, on this machine, each way.
+Without --sim: the same sweeps on the real engine, on this machine; scaled down where that is a CPU (about five minutes,
+or with --short less than one). Every way must give the same answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -24,8 +26,6 @@ from bench.shapes import SHAPES
 from bench.timing import stoppable
 from jserve.console import RichProgress
 from jserve.errors import JserveError
-
-LENGTHS = (64, 128, 256, 512, 1024)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,15 +60,34 @@ def _simulate(args: argparse.Namespace, screen: Console) -> None:
 
 
 def _measure(args: argparse.Namespace, screen: Console) -> None:
-    from bench.recompute_vs_swap.real import measure
+    import jax
 
-    found = measure(args.model, None if args.model else args.shape, args.lengths, args.turns, args.seed, RichProgress())
-    _show(found.sweep, screen)
+    from bench.recompute_vs_swap.real import CPU, GPU, measure
+
+    sizes = CPU if jax.default_backend() == "cpu" else GPU
+    given = {"shape": args.shape, "evicted": args.lengths, "counts": args.requests, "turns": args.turns}
+    sizes = replace(sizes, **{name: value for name, value in given.items() if value is not None})
+    if args.short:
+        sizes = sizes.short()
+    found = measure(sizes, args.model, args.seed, RichProgress())
+    for sweep in found.sweeps.values():
+        _show(sweep, screen)
+    for line in found.notes:
+        report.note(screen, line)
     report.note(
         screen, f"Others took {found.others_cores:.2f} cores meanwhile: near 0 is a measurement, more is a hint."
     )
-    config = {"simulated": False, "turns": args.turns, "cost": found.cost.to_dict(), "sweep": asdict(found.sweep)}
-    report.emit(report.Result("recompute_vs_swap", found.metrics(), config, args.seed), args)
+    said = {"sizes": asdict(sizes), **asdict(found), "cost": found.cost.to_dict()}
+    result = report.Result("recompute_vs_swap", found.metrics(), {"simulated": False, **said}, args.seed)
+    report.emit(result, args)
+    if args.figures is not None:
+        from bench.recompute_vs_swap.figures import draw_real
+
+        simulated = json.loads((report.RESULTS / "recompute_vs_swap-sim.json").read_text())
+        for path in draw_real(result.document(), simulated, args.figures):
+            report.note(screen, f"drew {path}")
+    if not found.same_tokens:
+        raise JserveError("the ways gave different answers")
 
 
 def _show(sweep: Sweep, screen: Console) -> None:
@@ -84,28 +103,26 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--sim", action="store_true", help="the poster's sweeps, simulated (no model is loaded)")
-    parser.add_argument("--short", action="store_true", help="with --sim: the first and the last point of each sweep")
+    parser.add_argument("--short", action="store_true", help="the first and the last point of each sweep")
     parser.add_argument(
         "--figures",
         type=Path,
         nargs="?",
         const=report.RESULTS,
         metavar="DIRECTORY",
-        help="with --sim: draw figures 2 to 6 (needs matplotlib; default: bench/results)",
+        help="draw figures (needs matplotlib; default: bench/results)",
     )
-    parser.add_argument("--model", help="without --sim: a directory, GGUF file or hub id, instead of --shape")
-    parser.add_argument(
-        "--shape", choices=SHAPES, default="wide", help="without --sim: a shape with random weights (wide)"
-    )
-    parser.add_argument(
-        "--lengths", type=_lengths, default=LENGTHS, metavar="N,N,...", help="tokens of the prompts (64 to 1024)"
-    )
-    parser.add_argument("--turns", type=int, default=3, metavar="N", help="times that each is measured (3)")
+    real = parser.add_argument_group("without --sim (defaults: what suits the device)")
+    real.add_argument("--model", help="a directory, GGUF file or hub id, instead of --shape")
+    real.add_argument("--shape", choices=SHAPES, help="a shape with random weights")
+    real.add_argument("--lengths", type=_numbers, metavar="N,N,...", help="A: tokens of the prompts")
+    real.add_argument("--requests", type=_numbers, metavar="N,N,...", help="D: requests at once, as 32,64,128")
+    real.add_argument("--turns", type=int, metavar="N", help="A and B: times that each is measured")
     report.add_arguments(parser)
     return parser
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 

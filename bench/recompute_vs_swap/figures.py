@@ -1,4 +1,6 @@
-"""The poster's figures 2 to 6, and two more, from the study's JSON: what was published beside what is simulated."""
+"""The poster's figures 2 to 6 from the study's JSON: what was published beside what is simulated, and both beside what
+the real engine did.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ from bench.recompute_vs_swap.poster import published
 from jserve.errors import Unsupported
 
 Curves = Mapping[str, Sequence[float]]
+Fill = Callable[[Any], None]
+"""Draws into a figure."""
 
 COLORS = {
     "recompute": "tab:blue",
@@ -18,6 +22,10 @@ COLORS = {
     "auto": "tab:green",
     "swap_one_way": "tab:brown",
     "auto_one_way": "tab:green",
+    "copy_in": "tab:olive",
+    "copy_out": "tab:gray",
+    "copy_in_pageable": "tab:pink",
+    "copy_out_pageable": "tab:purple",
 }
 WAYS = ("recompute", "swap", "auto")
 ONE_WAY = ("recompute", "swap_one_way", "auto_one_way")
@@ -26,33 +34,69 @@ SAID = "Lines and bars are simulated, with the fit to the poster's A100. Circles
 
 def draw(document: Mapping[str, Any], directory: Path) -> list[Path]:
     """Into SVG files of that directory. Raises Unsupported without matplotlib."""
+    sweeps = document["config"]["sweeps"]
+    figures: dict[str, Fill] = {
+        "figure2-block-size": lambda figure: _block_size(figure, sweeps["block_size"]),
+        "figure3-evicted-tokens": lambda figure: _evicted_tokens(figure, sweeps["evicted_tokens"]),
+        "figure4-sequence-length": lambda figure: _bars(figure, [sweeps["requests_and_length"]]),
+        "figure5-kv-memory": lambda figure: _bars(figure, [sweeps["kv_memory_zipf"], sweeps["kv_memory_sharegpt"]]),
+        "figure6-over-time": lambda figure: _over_time(figure, "simulated", document["config"]["over_time"]),
+        "models": lambda figure: _bars(figure, [sweeps["models"]]),
+        "mixed-lengths": lambda figure: _bars(figure, [sweeps["mixed"]]),
+    }
+    if served := [sweep for name, sweep in sweeps.items() if name.startswith("served_")]:
+        figures["as-served"] = lambda figure: _shares(figure, served)
+    return _save(figures, "recompute_vs_swap", SAID, directory)
+
+
+def draw_real(document: Mapping[str, Any], beside: Mapping[str, Any], directory: Path) -> list[Path]:
+    """The same of the real engine, each figure beside the A100's of the simulated document `beside`."""
+    said, a100 = document["config"], beside["config"]["sweeps"]
+    sweeps = said["sweeps"]
+    memory = [sweeps[name] for name in ("kv_memory_zipf", "kv_memory_sharegpt") if name in sweeps]
+    figures: dict[str, Fill] = {
+        "figure2-block-size": lambda figure: _lines_beside(figure, sweeps["block_size"], a100["block_size"]),
+        "figure3-evicted-tokens": lambda figure: _lines_beside(
+            figure, sweeps["evicted_tokens"], a100["evicted_tokens"]
+        ),
+        "figure4-sequence-length": lambda figure: _bars(
+            figure, [sweeps["requests_and_length"], a100["requests_and_length"]]
+        ),
+        "figure5-kv-memory": lambda figure: _bars(figure, [*memory, a100["kv_memory_zipf"]]),
+        "figure6-over-time": lambda figure: _over_time(figure, said["model"], said["over_time"]),
+    }
+    told = f"Left: {said['model']}, {said['backend']}, measured. {SAID}"
+    return _save(figures, "recompute_vs_swap-real", told, directory)
+
+
+def _save(figures: Mapping[str, Fill], prefix: str, said: str, directory: Path) -> list[Path]:
     try:
         import matplotlib
         from matplotlib.figure import Figure  # of its own: no display, and no state of pyplot's
     except ImportError:
         raise Unsupported("figures need matplotlib, which is missing: pip install 'jserve[bench]'") from None
-    sweeps = document["config"]["sweeps"]
-    figures: Mapping[str, Callable[[Any], None]] = {
-        "figure2-block-size": lambda figure: _block_size(figure, sweeps["block_size"]),
-        "figure3-evicted-tokens": lambda figure: _evicted_tokens(figure, sweeps["evicted_tokens"]),
-        "figure4-sequence-length": lambda figure: _bars(figure, [sweeps["requests_and_length"]]),
-        "figure5-kv-memory": lambda figure: _bars(figure, [sweeps["kv_memory_zipf"], sweeps["kv_memory_sharegpt"]]),
-        "figure6-over-time": lambda figure: _over_time(figure, document["config"]["over_time"]),
-        "models": lambda figure: _bars(figure, [sweeps["models"]]),
-        "mixed-lengths": lambda figure: _bars(figure, [sweeps["mixed"]]),
-    }
-    if served := [sweep for name, sweep in sweeps.items() if name.startswith("served_")]:
-        figures = {**figures, "as-served": lambda figure: _shares(figure, served)}
     paths = []
     directory.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "jserve", "font.size": 9, "svg.fonttype": "none"}):
         for name, fill in figures.items():
             figure = Figure(figsize=(10, 4), layout="constrained")
             fill(figure)
-            figure.supxlabel(SAID, fontsize=7)
-            paths.append(directory / f"recompute_vs_swap-{name}.svg")
+            figure.supxlabel(said, fontsize=7)
+            paths.append(directory / f"{prefix}-{name}.svg")
             figure.savefig(paths[-1], metadata={"Date": None})
     return paths
+
+
+def _lines_beside(figure: Any, measured: Mapping[str, Any], a100: Mapping[str, Any]) -> None:
+    left, right = figure.subplots(1, 2)
+    pageable = ("copy_in_pageable", "copy_out_pageable")
+    _lines(left, measured, (*WAYS, "copy_in", "copy_out", *(name for name in pageable if name in measured["curves"])))
+    _lines(right, a100, ONE_WAY)
+    left.set_title(measured["title"], fontsize=9)
+    right.set_title(f"{a100['title']}, written through", fontsize=9)
+    for axes, sweep in ((left, measured), (right, a100)):
+        _log_x(axes, sweep)
+        axes.set_yscale("log")
 
 
 def _block_size(figure: Any, sweep: Mapping[str, Any]) -> None:
@@ -107,8 +151,8 @@ def _bars(figure: Any, sweeps: Sequence[Mapping[str, Any]]) -> None:
             if there := sweep["curves"].get(f"{name}_published"):
                 label = "published" if name == "recompute" else None
                 axes.plot(x, there, "o", color="black", markersize=4, label=label)
-        axes.set(xlabel=sweep["x_label"], ylabel="seconds of overhead")
-        axes.set_title(sweep["title"], fontsize=9)
+        axes.set(xlabel=sweep["x_label"], ylabel="seconds")
+        axes.set_title(sweep["title"], fontsize=7)
         axes.set_xticks(places, [str(x) for x in sweep["x"]], rotation=60 if len(places) > 8 else 0)
         axes.legend(fontsize="small")
         axes.grid(True, axis="y", alpha=0.2)
@@ -131,15 +175,15 @@ def _shares(figure: Any, sweeps: Sequence[Mapping[str, Any]]) -> None:
         axes.grid(True, alpha=0.2)
 
 
-def _over_time(figure: Any, runs: Mapping[str, Curves]) -> None:
-    """How full the device is and how fast it goes."""
+def _over_time(figure: Any, name: str, runs: Mapping[str, Curves]) -> None:
+    """How full the device is and how fast it goes, in the runs of this name and as published."""
     rows = figure.subplots(2, 2, sharex="col", sharey="row")
     there = {name: published()["over_time"][name] for name in ("recompute", "swap")}
-    for column, (title, series) in enumerate((("simulated", runs), ("published", there))):
-        for name, curves in series.items():
-            rows[0][column].plot(curves["time_s"], curves["kv_usage_percent"], color=COLORS[name], label=_label(name))
-            rows[1][column].plot(curves["time_s"], curves["tokens_per_s"], color=COLORS[name], label=_label(name))
-        rows[0][column].set_title(f"{title}: Zipf lengths, {published()['over_time']['kv_gb']} GB for KV")
+    for column, (title, series) in enumerate(((name, runs), ("published", there))):
+        for way, curves in series.items():
+            rows[0][column].plot(curves["time_s"], curves["kv_usage_percent"], color=COLORS[way], label=_label(way))
+            rows[1][column].plot(curves["time_s"], curves["tokens_per_s"], color=COLORS[way], label=_label(way))
+        rows[0][column].set_title(f"{title}: Zipf lengths, the least memory")
         rows[1][column].set(xlabel="seconds", yscale="log")
         for axes in (rows[0][column], rows[1][column]):
             axes.grid(True, alpha=0.2)

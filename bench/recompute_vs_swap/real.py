@@ -1,79 +1,152 @@
-"""The same question put to the real engine: a request is made to give way, and comes back one way or the other.
+"""The poster's sweeps on the real engine, on this machine: scaled down where that is a CPU, as published on a GPU.
 
-A first request runs; a second one that needs the whole pool waits for it, and a third that fits beside the first
-overtakes it (FlashGen's order). When the first has ended, the third must give back all of its blocks, and the second
-writes over every one of them. When that has ended, the third comes back, alone on the device: what counts is the time
-from there to its next token. Copying out is measured apart, because with write-through it has happened before.
+A and B are `real_returns`, C and D `real_crowds`; `Sizes` says how large. Every way must give the same answers at every
+point. `Measured.metrics` has what `auto` lost against the better of the other two, beside the noise of the same point.
 """
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from bench.noise import Noise
-from bench.recompute_vs_swap.simulation import Way
-from bench.recompute_vs_swap.sweeps import Sweep
-from bench.tier_engines import make_runner, plain_engine, tiered_engine
+from bench.recompute_vs_swap import real_crowds, real_returns
+from bench.recompute_vs_swap.real_crowds import PlayedWays, Point, play_each_way, same_tokens, sharegpt_like
+from bench.recompute_vs_swap.real_returns import Returned, returned
+from bench.recompute_vs_swap.scene import pool_blocks
+from bench.recompute_vs_swap.simulation import Request, fixed, over_time, zipf
+from bench.recompute_vs_swap.sweeps import Sweep, excess
+from bench.recompute_vs_swap.turns import WAYS
+from bench.tier_engines import make_runner
 from jserve import calibrate
-from jserve.cache.cost import CostModel, swap_or_recompute
+from jserve.cache.cost import CostModel
 from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
-from jserve.engine import Engine
-from jserve.errors import JserveError
-from jserve.progress import Progress
-from jserve.request import EngineRequest, SamplingParams
+from jserve.progress import Progress, SilentProgress
 from jserve.runner import Runner
 from jserve.transfer import JaxTransfer
 
-WAYS: tuple[Way, ...] = ("recompute", "swap", "auto")
-BUDGET = 256
-"""Tokens of a step: what the engine takes on a CPU."""
-FIRST, HEAD, LATE = "first", "head", "late"
-MARGIN_BLOCKS = 8
-"""Beyond what the late one's prompt takes: for the first one, and for what both say."""
-STEPS_AT_MOST = 10_000
+SAME_MEMORY = (
+    "Pinned or pageable is no question on a CPU: the device's memory is the host's. There is one curve for both."
+)
+NO_SHAREGPT = "C with ShareGPT's lengths is left out: the file of its lengths is not there."
+SMALL_BLOCK = 8
+"""The smallest default block: pools are sized by it."""
 
 
 @dataclass(frozen=True)
-class Return:
-    """One request that gave way."""
+class Sizes:
+    """How large the sweeps are, in tokens and requests."""
 
-    tokens: int
-    """With KV when it did."""
-    back_s: float
-    """From the first moment when there was room for it until its next token."""
-    how: str
-    """What the engine says that it did."""
-    said: list[int]
+    shape: str
+    budget: int
+    """Of a step."""
+    token_buckets: tuple[int, ...] | None
+    evicted: tuple[int, ...]
+    """A: tokens of the prompt."""
+    block_sizes: tuple[int, ...]
+    block_prompt: int
+    zipf: tuple[int, int]
+    """C: the shortest and the longest request; a third of each is its prompt."""
+    kv_requests: int
+    kv_tokens: tuple[int, ...]
+    sharegpt_requests: int
+    sharegpt_scale: int
+    counts: tuple[int, ...]
+    """D: requests."""
+    lengths: Mapping[str, int | tuple[int, int]]
+    """D: tokens of each, half of them its prompt; or the ends of a Zipf draw."""
+    crowd_kv_tokens: int
+    turns: int
+    """Times that one request is measured at a point; `crowd_turns`: that many requests are."""
+    crowd_turns: int
+
+    def short(self) -> Sizes:
+        """The ends of each sweep, and less of it."""
+        last = [*self.lengths][-1]
+        return replace(
+            self,
+            evicted=(self.evicted[0], self.evicted[-2]),
+            block_sizes=(self.block_sizes[0], self.block_sizes[-1]),
+            kv_tokens=(self.kv_tokens[0], self.kv_tokens[-1]),
+            kv_requests=self.kv_requests // 2,
+            sharegpt_requests=self.sharegpt_requests // 2,
+            counts=self.counts[:2],
+            lengths={last: self.lengths[last]},
+            turns=2,
+            crowd_turns=2,
+        )
 
 
-def pool_blocks(tokens: int, block_size: int) -> int:
-    """For a late request with a prompt of so many tokens."""
-    return -(-tokens // block_size) + MARGIN_BLOCKS
+CPU = Sizes(
+    shape="tiny",
+    budget=256,
+    token_buckets=(4, 16, 64, 256),
+    evicted=(16, 64, 256, 1024),
+    block_sizes=(2, 4, 8, 16, 32, 64),
+    block_prompt=256,
+    zipf=(64, 256),
+    kv_requests=12,
+    kv_tokens=(512, 768, 1024, 1536),
+    sharegpt_requests=6,
+    sharegpt_scale=16,
+    counts=(4, 8, 16),
+    lengths={"64": 64, "256": 256, "16 to 256": (16, 256)},
+    crowd_kv_tokens=768,
+    turns=5,
+    crowd_turns=3,
+)
+GPU = Sizes(
+    shape="llama-2-7b-64k",
+    budget=2048,
+    token_buckets=None,
+    evicted=(1024, 2048, 4096, 8192, 16384),
+    block_sizes=(2, 4, 8, 16, 32, 64),
+    block_prompt=4096,
+    zipf=(512, 2048),
+    kv_requests=128,
+    kv_tokens=(11444, 19073, 26703, 34332, 41962, 45776),  # 6 to 24 GB of Llama-2-7B's, as the poster
+    sharegpt_requests=32,
+    sharegpt_scale=1,
+    counts=(32, 64, 128),
+    lengths={"1K": 1024, "2K": 2048, "128 to 2K": (128, 2048)},
+    crowd_kv_tokens=45776,
+    turns=3,
+    crowd_turns=2,
+)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
     """What the machine says."""
 
-    sweep: Sweep
+    model: str
+    backend: str
     cost: CostModel
     """What the engine decides by."""
-    same_tokens: bool
-    """Whether every way gave the same answers."""
-    auto_swapped: int
-    """Lengths at which auto chose to swap."""
-    others_cores: float
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    over_time: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    """For each way, the first point of sweep C: blocks in use, and tokens/s."""
+    notes: list[str] = field(default_factory=list)
+    same_tokens: bool = True
+    """Whether every way gave the same answers, at every point."""
+    auto_swapped: int = 0
+    """Points of A and B at which auto chose to swap."""
+    others_cores: float = 0.0
     """That other processes took meanwhile."""
 
     def metrics(self) -> dict[str, float]:
-        curves = self.sweep.curves
-        shares = [swap / recompute for swap, recompute in zip(curves["swap"], curves["recompute"], strict=True)]
+        points = [point for sweep in self.sweeps.values() for point in _excesses(sweep)]
+        worst, noise = max(points)
+        evicted = self.sweeps["evicted_tokens"].curves
+        shares = [swap / recompute for swap, recompute in zip(evicted["swap"], evicted["recompute"], strict=True)]
         return {
-            "auto_worst_excess": self.sweep.worst_excess,
+            "auto_worst_excess": worst,
+            "auto_worst_excess_noise": noise,
+            "auto_worst_excess_beyond_noise": max(max(0.0, found - noise) for found, noise in points),
+            "auto_median_excess": median(found for found, _ in points),
+            "noise_median": median(noise for _, noise in points),
+            "points": len(points),
             "auto_swapped": self.auto_swapped,
             "swap_over_recompute_shortest": shares[0],
             "swap_over_recompute_longest": shares[-1],
@@ -82,127 +155,111 @@ class Measured:
         }
 
 
-def measure(
-    model: str | None, shape: str | None, lengths: Sequence[int], turns: int, seed: int, progress: Progress
-) -> Measured:
-    """Medians of `turns` for each length, the three ways in turns; the first turn warms up."""
-    config = EngineConfig(
-        model=model,
-        cache=CacheConfig(device_blocks=pool_blocks(max(lengths), 8), host_gib=1.0),
-        sched=SchedConfig(max_running=3, order="flashgen", token_budget=BUDGET),
-        runner=RunnerConfig(token_buckets=(4, 64, BUDGET)),
-    )
-    runner = make_runner(config, shape, progress)
+def _excesses(sweep: Sweep) -> list[tuple[float, float]]:
+    """How much worse auto is than the better of the two at each point, as a share, and the noise there."""
+    ways = zip(*(sweep.curves[way] for way in (*WAYS, "noise")), strict=True)
+    return [(excess(auto, min(recompute, swap)), noise) for recompute, swap, auto, noise in ways]
+
+
+def measure(sizes: Sizes, model: str | None, seed: int, progress: Progress) -> Measured:
+    """All sweeps. `model`: instead of the shape with random weights."""
+    noise = Noise()
+    blocks = max(pool_blocks(max(sizes.evicted), SMALL_BLOCK), max(*sizes.kv_tokens, sizes.crowd_kv_tokens))
+    runner, cost = _runner(sizes, model, None, max(*sizes.counts, sizes.kv_requests), blocks, progress)
     try:
-        cost = calibrate.measure(config, runner, JaxTransfer(runner), progress)
-        with progress.track("giving way", len(lengths) * (turns + 1) * len(WAYS)) as task:
-            noise = Noise()
-            seen = {n: _returns(config, runner, cost, n, turns, seed, task.advance) for n in lengths}
-            others_cores = noise.others_cores()
-        return _told(seen, runner, cost, others_cores)
+        found = Measured(runner.info.model, runner.info.backend, cost)
+        if runner.copies_directly:
+            found.notes.append(SAME_MEMORY)
+        _evicted_tokens(found, runner, sizes, seed, progress)
+        _crowds(found, runner, sizes, seed, progress)
     finally:
         runner.close()
+    _block_sizes(found, model, sizes, seed, progress)
+    found.others_cores = noise.others_cores()
+    return found
 
 
-def _returns(
-    config: EngineConfig, runner: Runner, cost: CostModel, length: int, turns: int, seed: int, tick: Callable[[], None]
-) -> dict[Way, list[Return]]:
-    rng = random.Random(f"{seed} {length}")
-    prompt = [rng.randrange(runner.info.vocab_size) for _ in range(length)]
-    seen: dict[Way, list[Return]] = {way: [] for way in WAYS}
-    for turn in range(turns + 1):
-        for way in WAYS if turn % 2 else WAYS[::-1]:
-            found = give_way(_engine(config, runner, cost, way, length), prompt)
-            seen[way] += [found] if turn else []
-            tick()
-    return seen
+def _runner(
+    sizes: Sizes, model: str | None, block_size: int | None, running: int, blocks: int, progress: Progress
+) -> tuple[Runner, CostModel]:
+    config = EngineConfig(
+        model=model,
+        cache=CacheConfig(block_size=block_size, device_blocks=blocks, host_gib=1.0),
+        sched=SchedConfig(max_running=running, token_budget=sizes.budget),
+        runner=RunnerConfig(token_buckets=sizes.token_buckets),
+    )
+    runner = make_runner(config, None if model else sizes.shape, SilentProgress())
+    return runner, calibrate.measure(config, runner, JaxTransfer(runner), progress)
 
 
-def _told(
-    seen: Mapping[int, Mapping[Way, Sequence[Return]]], runner: Runner, cost: CostModel, others_cores: float
-) -> Measured:
-    curves: dict[str, list[float]] = {
-        way: [median(found.back_s for found in returns[way]) for returns in seen.values()] for way in WAYS
+def _evicted_tokens(found: Measured, runner: Runner, sizes: Sizes, seed: int, progress: Progress) -> None:
+    with progress.track("A: evicted tokens", len(sizes.evicted) * (sizes.turns + 1) * len(WAYS)) as task:
+        points = [returned(runner, found.cost, n, n, sizes.turns, seed, task.advance) for n in sizes.evicted]
+    _note_returns(found, points)
+    title = f"A. tokens evicted, blocks of {runner.info.block_size}"
+    found.sweeps["evicted_tokens"] = real_returns.sweep_of(title, "tokens of the prompt", points)
+
+
+def _block_sizes(found: Measured, model: str | None, sizes: Sizes, seed: int, progress: Progress) -> None:
+    """A runner for each size, which is part of the compiled programs."""
+    length, points = sizes.block_prompt, []
+    with progress.track("B: block sizes", len(sizes.block_sizes) * (sizes.turns + 1) * len(WAYS)) as task:
+        for size in sizes.block_sizes:
+            runner, cost = _runner(sizes, model, size, 3, pool_blocks(length, size), progress)
+            try:
+                points.append(returned(runner, cost, size, length, sizes.turns, seed, task.advance))
+            finally:
+                runner.close()
+    _note_returns(found, points)
+    title = f"B. block size, {length} tokens evicted"
+    found.sweeps["block_size"] = real_returns.sweep_of(title, "tokens in a block", points)
+
+
+def _note_returns(found: Measured, points: Sequence[Returned]) -> None:
+    found.same_tokens &= all(point.same_tokens for point in points)
+    found.auto_swapped += sum(point.auto_swapped for point in points)
+
+
+def _crowds(found: Measured, runner: Runner, sizes: Sizes, seed: int, progress: Progress) -> None:
+    draws = {"kv_memory_zipf": ("Zipf", zipf(sizes.kv_requests, *sizes.zipf, 1 / 3, seed))}
+    sharegpt = sharegpt_like(sizes.sharegpt_requests, sizes.sharegpt_scale, seed)
+    if sharegpt is not None:
+        draws["kv_memory_sharegpt"] = "ShareGPT", sharegpt
+    else:
+        found.notes.append(NO_SHAREGPT)
+    crowds = {
+        name: (f"C. KV memory, {len(draw)} requests of {title} lengths", "tokens of KV", _by_memory(draw, sizes))
+        for name, (title, draw) in draws.items()
     }
-    had = [returns["auto"][0].tokens for returns in seen.values()]
-    decisions = [swap_or_recompute(cost, tokens, written_tokens=tokens) for tokens in had]
-    curves["copy_out"] = [_copy_out_s(runner, tokens // runner.info.block_size) for tokens in had]
-    curves["recompute_predicted"] = [decision.recompute_s for decision in decisions]
-    curves["swap_predicted"] = [decision.swap_s for decision in decisions]
-    hows = [returns["auto"][-1].how for returns in seen.values()]
-    notes = [f"{length} tokens: auto chose to {how}" for length, how in zip(seen, hows, strict=True)]
-    same = all(len({tuple(found.said) for way in WAYS for found in returns[way]}) == 1 for returns in seen.values())
-    title = f"giving way on {runner.info.model}, {runner.info.backend}: from room for it to its next token"
-    sweep = Sweep(title, "tokens of the prompt", list(seen), curves, notes)
-    return Measured(sweep, cost, same, hows.count("swap"), others_cores)
+    title = f"D. requests x tokens each, {sizes.crowd_kv_tokens} tokens of KV"
+    crowds["requests_and_length"] = title, "requests x tokens", _by_count(sizes, seed)
+    runs = sum(1 + sizes.crowd_turns * len(points) for _, _, points in crowds.values()) * len(WAYS)
+    with progress.track("C and D: many at once", runs) as task:
+        for name, (title, label, points) in crowds.items():
+            played: list[PlayedWays] = []
+            for point in points:
+                warm_up = int(not played)
+                played.append(play_each_way(runner, found.cost, point, sizes.crowd_turns, warm_up, seed, task.advance))
+                found.same_tokens &= same_tokens(played[-1])
+            found.sweeps[name] = real_crowds.sweep_of(title, label, points, played)
+            if name == "kv_memory_zipf":
+                blocks = points[0].blocks(runner.info.block_size)
+                found.over_time = {way: over_time(runs[-1].as_run(), blocks) for way, runs in played[0].items()}
 
 
-def give_way(engine: Engine, prompt: list[int]) -> Return:
-    """See the module. JserveError if the engine does not do what the scene asks of it."""
-    scene, size = _Scene(engine), engine.info.block_size
-    whole = engine.cache.num_blocks * size
-    scene.add(FIRST, prompt[:size], 2 * size)
-    scene.play(lambda: bool(scene.said[FIRST]))
-    scene.add(HEAD, [(token + 1) % engine.info.vocab_size for token in _repeated(prompt, whole - 2)], 2)
-    scene.add(LATE, prompt, 4 * size)
-    scene.play(lambda: HEAD in scene.ended)
-    before = len(scene.said[LATE])
-    start_s = time.perf_counter()
-    scene.play(lambda: len(scene.said[LATE]) > before)
-    back_s = time.perf_counter() - start_s
-    scene.play(lambda: LATE in scene.ended)
-    moments = {moment.kind: moment for moment in engine.history(LATE).timelines[0].moments}
-    head_end_s = engine.history(HEAD).timelines[0].moments[-1].time_s
-    if not {"preempted", "resumed"} <= moments.keys() or moments["resumed"].time_s < head_end_s or not before:
-        raise JserveError("the late request did not give way, or came back before there was room: use longer lengths")
-    return Return(len(prompt) + before - 1, back_s, moments["preempted"].detail.partition(",")[0], scene.said[LATE])
+def _by_memory(requests: Sequence[Request], sizes: Sizes) -> list[Point]:
+    return [Point(tokens, requests, tokens) for tokens in sizes.kv_tokens]
 
 
-def _repeated(prompt: list[int], count: int) -> list[int]:
-    return (prompt * (count // len(prompt) + 1))[:count]
+def _by_count(sizes: Sizes, seed: int) -> list[Point]:
+    return [
+        Point(f"{count} x {name}", _requests(count, tokens, seed), sizes.crowd_kv_tokens)
+        for name, tokens in sizes.lengths.items()
+        for count in sizes.counts
+    ]
 
 
-class _Scene:
-    """Requests on an engine, and what they have said."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.said: dict[str, list[int]] = {}
-        self.ended: set[str] = set()
-
-    def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
-        self.said[name] = []
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self._engine.add(EngineRequest(request_id=name, token_ids=prompt, sampling=sampling, cache_salt=name))
-
-    def play(self, until: Callable[[], bool]) -> None:
-        for _ in range(STEPS_AT_MOST):
-            if until():
-                return
-            if not self._engine.has_work:
-                break
-            for output in self._engine.step():
-                self.said[output.request_id] += output.token_ids
-                self.ended |= {output.request_id} if output.finish_reason else set()
-        raise JserveError("nothing came of it: nobody gave way, or it never came back")
-
-
-def _engine(config: EngineConfig, runner: Runner, cost: CostModel, way: Way, length: int) -> Engine:
-    """Recompute without a host tier; the others with one that holds all."""
-    config = replace(config, sched=replace(config.sched, preempt=way))
-    blocks = pool_blocks(length, runner.info.block_size)
-    if way == "recompute":
-        return plain_engine(config, runner, blocks)
-    return tiered_engine(config, runner, blocks, 4 * blocks, cost)
-
-
-def _copy_out_s(runner: Runner, blocks: int) -> float:
-    """Median of three, after one."""
-    transfer, times_s = JaxTransfer(runner), []
-    for ticket in range(4):
-        transfer.store(ticket, list(range(blocks)), list(range(blocks)))
-        while not (ended := transfer.poll()):
-            time.sleep(0)
-        times_s.append(ended[0].seconds)
-    transfer.close()
-    return median(times_s[1:])
+def _requests(count: int, tokens: int | tuple[int, int], seed: int) -> list[Request]:
+    if isinstance(tokens, int):
+        return fixed(count, tokens // 2, tokens - tokens // 2)
+    return zipf(count, *tokens, 0.5, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -12,11 +13,14 @@ import pytest
 from bench.recompute_vs_swap import simulated
 from bench.recompute_vs_swap.__main__ import main
 from bench.recompute_vs_swap.crowds import Crowd, Point, kv_memory, overhead, served
-from bench.recompute_vs_swap.figures import draw
+from bench.recompute_vs_swap.figures import draw, draw_real
 from bench.recompute_vs_swap.poster import cost_model, model_named, published
-from bench.recompute_vs_swap.real import give_way, pool_blocks
-from bench.recompute_vs_swap.simulation import Request, as_poster, fixed, over_time, zipf
-from bench.recompute_vs_swap.sweeps import block_size, evicted_tokens, parity_block_size, parity_exact
+from bench.recompute_vs_swap.real import CPU, GPU, Measured
+from bench.recompute_vs_swap.real_crowds import play, sharegpt_like
+from bench.recompute_vs_swap.scene import give_way, pool_blocks
+from bench.recompute_vs_swap.simulation import Request, Way, as_poster, fixed, over_time, zipf
+from bench.recompute_vs_swap.sweeps import Sweep, block_size, evicted_tokens, parity_block_size, parity_exact
+from bench.recompute_vs_swap.turns import curves_of, in_turns
 from jserve.config import EngineConfig, SchedConfig
 from jserve.doors import EngineInfo
 from jserve.engine import Engine
@@ -184,8 +188,83 @@ def test_a_scene_in_which_nobody_overtakes_is_refused() -> None:
         give_way(simulated_engine(pool_blocks(64, 8), "fcfs"), [1] * 64)
 
 
+def test_the_ways_take_turns_and_the_first_turn_is_thrown_away() -> None:
+    order: list[str] = []
+
+    def run(way: Way) -> int:
+        order.append(way)
+        return len(order)
+
+    seen = in_turns(run, turns=2, tick=lambda: None)
+    assert order == ["recompute", "swap", "auto", "auto", "swap", "recompute", "recompute", "swap", "auto"]
+    assert seen == {"recompute": [6, 7], "swap": [5, 8], "auto": [4, 9]}
+
+
+def test_noise_is_what_a_way_differs_from_itself() -> None:
+    curves = curves_of([{"recompute": [1.0, 1.0, 1.0], "swap": [0.9, 1.1, 1.0], "auto": [1.0, 1.0, 1.1]}])
+    assert curves["swap"] == [1.0]
+    assert curves["noise"] == pytest.approx([0.1])
+    sweep = Sweep("", "", [1], curves)
+    found = Measured("", "", cost_model(LLAMA, 16), {"evicted_tokens": sweep}).metrics()
+    assert found["auto_worst_excess"] == 0
+    assert found["auto_worst_excess_noise"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("blocks", [200, 24])
+def test_a_crowd_is_played_to_its_end_and_says_what_it_should(blocks: int) -> None:
+    requests = [Request(20 + 7 * i, 40) for i in range(6)]
+    played = play(simulated_engine(blocks), requests, seed=1)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(97) for _ in range(request.prompt)] for request in requests]
+    assert played.said == {str(i): expected_tokens(prompt, 40, 97) for i, prompt in enumerate(prompts)}
+    assert (played.preemptions > 0) == (blocks == 24)
+    told = over_time(played.as_run(), blocks, points=10)
+    assert max(told["kv_usage_percent"]) <= 100
+    assert played.samples[-1].time_s <= played.total_s
+
+
+def test_sharegpts_long_turns_are_scaled_down() -> None:
+    found = sharegpt_like(6, 16, seed=0)
+    if found is None:
+        pytest.skip("the lengths of ShareGPT are not there")
+    assert len(found) == 6
+    assert all(r.prompt >= 1500 // 16 and r.output >= 1024 // 16 for r in found)
+    assert all(16 * (r.prompt + r.output) <= 8192 for r in found)
+
+
+def test_a_short_run_is_a_part_of_the_whole() -> None:
+    for sizes in (CPU, GPU):
+        short = sizes.short()
+        assert set(short.evicted) < set(sizes.evicted)
+        assert short.block_sizes == (2, 64)
+        assert short.lengths.items() < sizes.lengths.items()
+
+
+def test_what_was_measured_is_drawn_beside_the_simulated(document: dict, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    curves = curves_of([{"recompute": [2.0, 2.0], "swap": [1.0, 1.1], "auto": [1.0, 1.2]}] * 2)
+    lines = curves | {"copy_in": [0.1, 0.2], "copy_out": [0.1, 0.3]}
+    one, many = Sweep("one", "tokens", [16, 64], lines), Sweep("many", "tokens of KV", [512, 768], curves)
+    line = {"time_s": [0.1, 0.2], "kv_usage_percent": [90, 99], "tokens_per_s": [1, 2]}
+    said = {
+        "model": "tiny",
+        "backend": "cpu/native",
+        "sweeps": {
+            "block_size": asdict(one),
+            "evicted_tokens": asdict(one),
+            "kv_memory_zipf": asdict(many),
+            "requests_and_length": asdict(many),
+        },
+        "over_time": dict.fromkeys(("recompute", "swap", "auto"), line),
+    }
+    paths = draw_real({"config": said}, document, tmp_path)
+    assert len(paths) == 5
+    assert all(path.name.startswith("recompute_vs_swap-real-figure") for path in paths)
+    assert all("cpu/native, measured" in path.read_text() for path in paths)
+
+
 def simulated_engine(blocks: int, order: Literal["fcfs", "flashgen"] = "flashgen") -> Engine:
     clock = SimulatedClock()
     info = EngineInfo("simulated", "simulated", 97, 1000, 8, blocks, 256, "none", "simulated", 0, 0)
-    config = EngineConfig(sched=SchedConfig(max_running=3, token_budget=256, order=order))
+    config = EngineConfig(sched=SchedConfig(max_running=8, token_budget=256, order=order))
     return Engine(config, info, SimulatedExecutor(clock, blocks, 8, 97), clock)

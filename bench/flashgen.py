@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,37 +18,40 @@ from rich.console import Console
 
 from bench import flashgen_published as published
 from bench import report
-from bench.flashgen_runs import BOUND_S, MODELS, Point, Run, run_all, throughput_at, with_clients
+from bench.flashgen_runs import BOUND_S, MODELS, Point, Run, around_bound, run_all, throughput_at, with_clients
 from jserve.console import RichProgress
 from jserve.errors import JserveError
 from jserve.simulation.arms import ABLATIONS, ARMS
 
 CLIENTS = {
-    "opt-13b": (40, 50, 60, 70, 80),
-    "opt-30b": (40, 50, 60, 70, 80),
-    "llama-2-13b": (40, 50, 60, 70, 80),
-    "llama-2-70b": (10, 20, 30, 40),
+    "opt-13b": (40, 60, 80, 90, 100),
+    "opt-30b": (40, 50, 60, 70, 80, 90, 100, 110),
+    "llama-2-13b": (40, 60, 80, 90, 100),
+    "llama-2-70b": (10, 20, 30, 40, 50),
 }
-SHORT_CLIENTS: dict[str, dict[str, tuple[int, ...]]] = {
-    "vllm": {
-        "opt-13b": (40, 50, 60),
-        "opt-30b": (40, 50, 60),
-        "llama-2-13b": (40, 50, 60),
-        "llama-2-70b": (10, 20, 30),
-    },
-    "flashgen": {
-        "opt-13b": (60, 70, 80),
-        "opt-30b": (60, 70, 80),
-        "llama-2-13b": (60, 70, 80),
-        "llama-2-70b": (30, 40),
-    },
-    "jserve": {"opt-13b": (60, 70, 80), "opt-30b": (50, 60, 80), "llama-2-13b": (60, 70, 80), "llama-2-70b": (30, 40)},
+CALLS, SHORT_CALLS = 1000, 600
+"""Measured requests of a point."""
+BLOCK, SHORT_BLOCK = 64, 128
+"""Tokens in a block: large ones are quick to simulate."""
+SHORT_FROM: Mapping[str, Mapping[str, int]] = {
+    "vllm": {"opt-13b": 50, "opt-30b": 50, "llama-2-13b": 50, "llama-2-70b": 20},
+    "flashgen": {"opt-13b": 70, "opt-30b": 70, "llama-2-13b": 70, "llama-2-70b": 30},
+    "jserve": {"opt-13b": 80, "opt-30b": 90, "llama-2-13b": 80, "llama-2-70b": 40},
 }
-"""Around the bound."""
-ABLATION_CLIENTS = {"opt-13b": (60, 80), "opt-30b": (60, 80), "llama-2-13b": (60, 80), "llama-2-70b": (30, 40)}
+"""By arm and model: the load from which `--short` looks for the bound. A bad guess costs time, no more."""
+SHORT_SHARED = (50, 100)
+"""Loads of the metrics that compare arms under one load."""
+ABLATION_CLIENTS = {
+    "opt-13b": (60, 80, 100),
+    "opt-30b": (60, 80, 100),
+    "llama-2-13b": (60, 80, 100),
+    "llama-2-70b": (30, 40, 50),
+}
 HOST_GB = (168.0, 224.0, 280.0)
 LONG = (16384, 24576, 32768)
-TIER_CLIENTS = (20, 60, 100, 140)
+TIER_CLIENTS = {"humaneval": (20, 60, 100, 140), "alpaca": (60, 140, 220, 300)}
+PROMPT_CLIENTS = (10, 20, 30, 40)
+"""Few enough that the prompt phase is not queueing."""
 DETAIL, DETAIL_CLIENTS = "opt-30b", 60
 """The model and load of the figures about one point."""
 
@@ -68,14 +71,19 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
         "opt-30b",
         "jserve",
         60,
-        calls=args.calls,
+        calls=args.calls or (SHORT_CALLS if args.short else CALLS),
         warm_up_turns=10,
         seed=args.seed,
-        block_tokens=args.block_size,
+        block_tokens=args.block_size or (SHORT_BLOCK if args.short else BLOCK),
     )
-    plan = _short_plan(base, args.models)
-    plan += [] if args.short else _plan(base, args.models)
-    points = list(run_all(plan, args.jobs, RichProgress(), args.points).values())
+
+    def simulate_all(runs: list[Run]) -> Mapping[Run, Point]:
+        return run_all(runs, args.jobs, RichProgress(), args.points)
+
+    if args.short:
+        points = _short_points(base, args.models, simulate_all)
+    else:
+        points = list(simulate_all(_plan(base, args.models)).values())
     curves = _curves(points, base)
     metrics = _metrics(curves)
     _print(console, curves, metrics)
@@ -94,6 +102,13 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
 
 def _plan(base: Run, models: Sequence[str]) -> list[Run]:
     runs = [run for m in models for a in ARMS for run in with_clients(_of(base, m, a), CLIENTS[m])]
+    runs += [
+        run
+        for m in models
+        if m in published.PROMPT_PHASE_SPEEDUP
+        for a in ("cachedattention", "flashgen")
+        for run in with_clients(_of(base, m, a), PROMPT_CLIENTS)
+    ]
     runs += [run for m in models for a in ABLATIONS for run in with_clients(_of(base, m, a), ABLATION_CLIENTS[m])]
     if DETAIL in models:
         runs += [
@@ -102,14 +117,22 @@ def _plan(base: Run, models: Sequence[str]) -> list[Run]:
         runs += [_long(base, a, longest) for a in ("vllm", "flashgen-sched", "jserve") for longest in LONG]
         runs += [
             run
-            for work in ("humaneval",)
-            for run in with_clients(_of(base, DETAIL, "flashgen", work=work), TIER_CLIENTS)
+            for work, clients in TIER_CLIENTS.items()
+            for run in with_clients(_of(base, DETAIL, "flashgen", work=work), clients)
         ]
     return runs
 
 
-def _short_plan(base: Run, models: Sequence[str]) -> list[Run]:
-    return [run for a, of in SHORT_CLIENTS.items() for m in models for run in with_clients(_of(base, m, a), of[m])]
+def _short_points(
+    base: Run, models: Sequence[str], simulate_all: Callable[[list[Run]], Mapping[Run, Point]]
+) -> list[Point]:
+    """Enough for every metric."""
+    starts = [_of(base, m, a, clients=of[m]) for a, of in SHORT_FROM.items() for m in models]
+    points = {point.run: point for point in around_bound(starts, simulate_all)}
+    if DETAIL in models:
+        shared = [run for a in ("vllm", "jserve") for run in with_clients(_of(base, DETAIL, a), SHORT_SHARED)]
+        points |= {run: point for run, point in simulate_all(shared).items() if run in shared}
+    return list(points.values())
 
 
 def _of(base: Run, model: str, arm: str, **changes: Any) -> Run:
@@ -132,7 +155,7 @@ def _curves(points: Sequence[Point], base: Run) -> dict[tuple[str, str], list[Po
     curves: dict[tuple[str, str], list[Point]] = {}
     for point in sorted(points, key=lambda point: point.run.clients):
         run = point.run
-        if run.work == "sharegpt" and run.host_gb == base.host_gb:
+        if run.work == "sharegpt" and run.host_gb == base.host_gb and not run.variation:
             curves.setdefault((run.model, run.arm), []).append(point)
     return curves
 
@@ -154,10 +177,11 @@ def _metrics(curves: Curves) -> dict[str, float]:
         vllm, ours = (_at(curves[DETAIL, a], clients) for a in ("vllm", "jserve"))
         metrics["opt30b_p95_ttft_ratio"] = vllm["ttft_p95_s"] / ours["ttft_p95_s"]
         metrics["opt30b_p95_ttft_clients"] = clients
-        busiest = max(_shared_clients(curves))
+        busiest = max(_shared_clients(curves))  # where memory is short in the jserve arm too
         vllm, ours = (_at(curves[DETAIL, a], busiest) for a in ("vllm", "jserve"))
         metrics["opt30b_kv_utilisation"] = ours["kv_utilisation_when_short"]
         metrics["opt30b_batch_ratio"] = ours["mean_batch"] / vllm["mean_batch"]
+        metrics["opt30b_kv_clients"] = busiest
     return metrics
 
 
@@ -229,7 +253,28 @@ def _print(console: Console, curves: Curves, metrics: Mapping[str, float]) -> No
             "KV used",
         ]
         console.print(report.table(title, columns, rows))
+    if rows := _prompt_phases(curves):
+        columns = ["", *(f"{n} clients" for n in PROMPT_CLIENTS), "published"]
+        title = "mean TTFT of cachedattention over that of flashgen (simulated); in brackets: found on the GPU"
+        console.print(report.table(title, columns, rows))
     console.print(report.table("metrics (simulated)", ["", ""], [[k, v] for k, v in metrics.items()]))
+
+
+def _prompt_phases(curves: Curves) -> list[list[object]]:
+    """Figure 12: prompts wait less where the GPU still has their history, which CachedAttention never does."""
+    rows: list[list[object]] = []
+    for model, said in published.PROMPT_PHASE_SPEEDUP.items():
+        both = {
+            a: {p.run.clients: p.numbers for p in curves.get((model, a), ())} for a in ("cachedattention", "flashgen")
+        }
+        theirs, ours = both["cachedattention"], both["flashgen"]
+        if set(PROMPT_CLIENTS) <= theirs.keys() & ours.keys():
+            cells = [
+                f"{theirs[n]['ttft_mean_s'] / ours[n]['ttft_mean_s']:.2f}x ({ours[n]['device_hit_share']:.2f})"
+                for n in PROMPT_CLIENTS
+            ]
+            rows.append([model, *cells, f"{said:.2f}x"])
+    return rows
 
 
 def _arguments() -> argparse.Namespace:
@@ -240,8 +285,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="M", help=f"of {', '.join(MODELS)}"
     )
-    parser.add_argument("--calls", type=int, default=1000, metavar="N", help="measured requests of a point (1000)")
-    parser.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens in a block (64: quick)")
+    parser.add_argument(
+        "--calls", type=int, metavar="N", help=f"measured requests of a point ({CALLS}; --short: {SHORT_CALLS})"
+    )
+    parser.add_argument(
+        "--block-size", type=int, metavar="N", help=f"tokens in a block ({BLOCK}; --short: {SHORT_BLOCK})"
+    )
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (one a core)"
     )

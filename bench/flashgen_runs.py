@@ -6,7 +6,7 @@ Every point is one simulation, a pure function of its description, so that point
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -20,7 +20,7 @@ from jserve.progress import Progress
 from jserve.simulation.arms import arm
 from jserve.simulation.gauges import Observed
 from jserve.simulation.playing import Span
-from jserve.simulation.profiles import hardware, model_shape
+from jserve.simulation.profiles import Hardware, hardware, model_shape
 from jserve.simulation.simulator import System, simulate, system
 from jserve.simulation.summary import kv_utilisation, mean_batch, measured, percentile, summarise
 from jserve.simulation.workload import Workload, closed_loop
@@ -39,6 +39,20 @@ SATURATED = 0.5
 """With so many waiting in the mean, a stretch of time counts as one in which memory is short."""
 
 
+VARIATIONS: Mapping[str, Callable[[Hardware], Hardware]] = {
+    "drives 1.5 GB/s": lambda gpu: replace(gpu, disk_read_bytes_per_s=1.5e9),
+    "drives 3.5 GB/s": lambda gpu: replace(gpu, disk_read_bytes_per_s=3.5e9),
+    "drives 7 GB/s": lambda gpu: replace(gpu, disk_read_bytes_per_s=7e9),
+    "link 13 GB/s": lambda gpu: replace(gpu, link_bytes_per_s=13e9),
+    "link 20 GB/s": lambda gpu: replace(gpu, link_bytes_per_s=20e9),
+    "prefill efficiency 0.45": lambda gpu: replace(gpu, linear_efficiency=0.45, attention_efficiency=0.45),
+    "prefill efficiency 0.65": lambda gpu: replace(gpu, linear_efficiency=0.65, attention_efficiency=0.65),
+    "decode launch 25 us": lambda gpu: replace(gpu, decode_s_per_layer=25e-6),
+    "decode launch 100 us": lambda gpu: replace(gpu, decode_s_per_layer=100e-6),
+}
+"""One number of the profile moved: of a drive, of a device's link, a share of the peak, a layer's launches."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One simulation."""
@@ -53,6 +67,8 @@ class Run:
     work: str = "sharegpt"
     host_gb: float = HOST_GB
     max_tokens: int = MAX_TOKENS
+    variation: str = ""
+    """Of `VARIATIONS`; empty: the profile's own numbers."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +101,9 @@ def described(run: Run) -> System:
     """The machine under the run's policies."""
     limits = SchedConfig(max_running=MAX_RUNNING, token_budget=TOKEN_BUDGET, max_waiting=100_000, admission="queue")
     caching, scheduling = arm(run.arm).policies(sizes(run.block_tokens, run.host_gb), limits)
+    gpu = hardware(GPU)
     return system(
-        hardware(GPU),
+        VARIATIONS[run.variation](gpu) if run.variation else gpu,
         model_shape(run.model),
         tp=MODELS[run.model],
         drives=DRIVES,
@@ -98,10 +115,13 @@ def described(run: Run) -> System:
 
 @cache
 def work_of(name: str, max_tokens: int, seed: int) -> Workload:
-    """sharegpt, alpaca, humaneval, or long (single requests with prompts up to `max_tokens`)."""
+    """sharegpt, alpaca, humaneval, restless (sharegpt with think times drawn at random), or long (single requests
+    with prompts up to `max_tokens`)."""
     match name:
         case "sharegpt":
             return lengths.sharegpt(max_tokens, seed)
+        case "restless":
+            return lengths.restless(lengths.sharegpt(max_tokens, seed), seed)
         case "alpaca":
             return lengths.like(lengths.ALPACA, max_tokens, seed)
         case "humaneval":
@@ -195,6 +215,30 @@ def throughput_at(points: Sequence[Point], bound_s: float = BOUND_S) -> float:
         before = point
     assert before is not None, "there are points"
     return before.numbers["output_tokens_per_s"]
+
+
+def around_bound(
+    starts: Iterable[Run], simulate_all: Callable[[list[Run]], Mapping[Run, Point]], step: int = 10
+) -> list[Point]:
+    """Each run at loads `step` clients apart, from its own on, until one is within the bound and the next is not."""
+    curves: dict[Run, list[Point]] = {start: [] for start in starts}
+    wanted = {start: start.clients for start in curves}
+    while wanted:
+        asked = {start: replace(start, clients=clients) for start, clients in wanted.items()}
+        points = simulate_all(list(asked.values()))
+        for start, run in asked.items():
+            curves[start].append(points[run])
+        wanted = {start: n for start, curve in curves.items() if (n := _next_load(curve, step)) is not None}
+    return [point for curve in curves.values() for point in curve]
+
+
+def _next_load(curve: Sequence[Point], step: int) -> int | None:
+    """None if the bound lies between two loads, or below the first that there could be."""
+    loads = [point.run.clients for point in curve]
+    within = [point.numbers["normalised_latency_s"] <= BOUND_S for point in curve]
+    if all(within):
+        return max(loads) + step
+    return min(loads) - step if not any(within) and min(loads) > step else None
 
 
 def with_clients(run: Run, clients: Iterable[int]) -> list[Run]:

@@ -80,6 +80,20 @@ def smaller(work: Workload, scale: float, max_tokens: int, think_s_per_token: fl
     return replace(work, name=f"{work.name}, {scale:g} times as long", sessions=tuple(sessions))
 
 
+def restless(work: Workload, seed: int) -> Workload:
+    """The same chats by people who need, for equal words, now half and now three times as long: think times are drawn
+    as exponential, of the same mean."""
+    rng = random.Random(seed)
+    sessions = tuple(
+        replace(
+            session,
+            turns=tuple(replace(turn, think_s=rng.expovariate(1 / max(turn.think_s, 1e-9))) for turn in session.turns),
+        )
+        for session in work.sessions
+    )
+    return replace(work, name=f"{work.name}, random think times", sessions=sessions)
+
+
 def shuffled(work: Workload, seed: int) -> Workload:
     """The sessions in an order drawn by the seed."""
     sessions = list(work.sessions)

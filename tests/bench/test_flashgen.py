@@ -10,7 +10,21 @@ import pytest
 
 from bench import flashgen, flashgen_published, report
 from bench.flashgen_figures import draw_all
-from bench.flashgen_runs import MODELS, Point, Run, described, read_points, run_all, simulated, throughput_at
+from bench.flashgen_runs import (
+    MODELS,
+    VARIATIONS,
+    Point,
+    Run,
+    around_bound,
+    described,
+    read_points,
+    run_all,
+    simulated,
+    throughput_at,
+    work_of,
+)
+from bench.flashgen_sensitivity import ratios_of
+from jserve.cache.cost import CostModel
 from jserve.progress import SilentProgress
 from jserve.simulation.arms import ABLATIONS, ARMS
 
@@ -28,6 +42,24 @@ def test_the_throughput_at_a_latency_lies_between_the_points_around_it() -> None
     assert throughput_at(curve[::-1]) == pytest.approx(150.0)
     assert throughput_at(curve[:1]) == 100.0
     assert throughput_at(curve[1:]) == pytest.approx(200.0 / 1.5)
+
+
+def test_the_bound_is_looked_for_from_any_load() -> None:
+    """These reach 100 ms a token between 50 and 60 clients."""
+    asked: list[int] = []
+
+    def simulate_all(runs: list[Run]) -> dict[Run, Point]:
+        asked.extend(run.clients for run in runs)
+        return {run: point(run.clients, 4.0 * run.clients, 0.1 if run.clients <= 50 else 0.2) for run in runs}
+
+    for start in (20, 50, 60, 90):
+        asked.clear()
+        found = around_bound([replace(SMALL, clients=start)], simulate_all)
+        assert {point.run.clients for point in found} >= {50, 60}
+        assert len(asked) == len(found) == 1 + max(abs(start - n) for n in (50, 60)) // 10
+        assert throughput_at(found) == 200.0
+    never = around_bound([replace(SMALL, clients=20)], lambda runs: {run: point(run.clients, 1.0, 9.0) for run in runs})
+    assert [p.run.clients for p in never] == [20, 10]
 
 
 def test_the_machine_is_the_papers() -> None:
@@ -86,8 +118,8 @@ def test_the_load_of_the_ttft_metric_is_where_vllm_is_as_late_as_published() -> 
 
 
 def test_short_covers_every_metric_and_the_full_run_every_figure(tmp_path: Path) -> None:
-    short = flashgen._short_plan(SMALL, list(MODELS))
-    assert {(run.model, run.arm) for run in short} == {(m, a) for m in MODELS for a in ("vllm", "flashgen", "jserve")}
+    short = flashgen._short_points(SMALL, list(MODELS), lambda runs: {run: fake(run) for run in runs})
+    metrics = flashgen._metrics(flashgen._curves(short, SMALL))
     full = flashgen._plan(SMALL, list(MODELS))
     made = [fake(run) for run in full]
     names = {path.name for path in draw_all(made, tmp_path)}
@@ -95,7 +127,7 @@ def test_short_covers_every_metric_and_the_full_run_every_figure(tmp_path: Path)
         f"flashgen-{name}.png"
         for name in ("latency", "ttft", "tpot", "tiers", "utilisation", "host_size", "long_context")
     }
-    metrics = flashgen._metrics(flashgen._curves(made, SMALL))
+    assert flashgen._metrics(flashgen._curves(made, SMALL)).keys() == metrics.keys()
     assert set(metrics) >= {
         "opt13b_throughput_ratio",
         "opt30b_throughput_ratio",
@@ -122,3 +154,38 @@ def fake(run: Run) -> Point:
 def test_the_published_numbers_cover_all_models() -> None:
     assert set(flashgen_published.THROUGHPUT_RATIO) == set(MODELS)
     assert set(flashgen_published.TTFT_P95_S["opt-30b"]) == set(ARMS) - {"jserve"}
+
+
+def test_a_variation_moves_one_number_of_the_hardware_and_nothing_else() -> None:
+    own = described(SMALL)
+    parts = {"drives": {"disk_read"}, "link": {"host_to_device", "device_to_host"}}
+    parts |= {"prefill": {"prefill"}, "decode": {"decode"}}
+    for name in VARIATIONS:
+        moved = described(replace(SMALL, variation=name))
+        differing = {
+            part for part in CostModel.__dataclass_fields__ if getattr(own.cost, part) != getattr(moved.cost, part)
+        }
+        assert differing == parts[name.split()[0]], name
+        assert replace(moved, cost=own.cost) == own, name
+
+
+def test_curves_are_of_the_machine_as_it_is() -> None:
+    varied = replace(point(60, 1.0, 1.0), run=replace(SMALL, clients=60, variation="drives 7 GB/s"))
+    assert list(flashgen._curves([point(50, 1.0, 1.0), varied], SMALL)) == [("opt-30b", "jserve")]
+
+
+def test_restless_people_wait_as_long_in_the_mean() -> None:
+    calm = work_of("sharegpt", 4096, 3)
+    restless = work_of("restless", 4096, 3)
+    waits, drawn = ([turn.think_s for s in work.sessions for turn in s.turns] for work in (calm, restless))
+    assert sum(drawn) == pytest.approx(sum(waits), rel=0.05)
+    assert sum(abs(a - b) for a, b in zip(waits, drawn, strict=True)) > 0.3 * sum(waits)
+    assert [s.longest_tokens for s in restless.sessions] == [s.longest_tokens for s in calm.sessions]
+
+
+def test_a_ratio_is_of_the_throughputs_at_the_bound() -> None:
+    rates = {"vllm": 100.0, "flashgen": 150.0, "jserve": 180.0}
+    points = [point(50, rate, 0.1, arm=arm, model=m) for arm, rate in rates.items() for m in MODELS]
+    ratios = ratios_of(points)
+    assert {ratios[m, "vllm"] for m in MODELS} == {1.8}
+    assert {ratios[m, "flashgen"] for m in MODELS} == {1.2}

@@ -90,8 +90,7 @@ def _admit(state: State, chunks: Chunks, sequence: Sequence, passed: Sequence | 
     if sequence.in_flight:  # preempted a moment ago: its next token must not be sampled twice
         state.waiting.look = True
         return False
-    # One spare block for each ahead, so that their next tokens do not preempt it at once.
-    spare = running.ahead(sequence.rank)
+    spare = running.spare(running.ahead(sequence.rank))
     yielding = victims(state, sequence, spare)
     if yielding is None:
         return False

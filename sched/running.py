@@ -7,17 +7,22 @@ the slots. It decides nothing, and knows nothing of caches.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable
 from itertools import accumulate
 
 from jserve.sched.order import Rank
 from jserve.sched.sequence import Phase, Sequence, rank_of
 from jserve.sched.victim import Holder, Victim
 
+SPARE_TOKENS = 32
+"""Who has room for fewer tokens than this will soon take another block, which is spared for it."""
+
 
 class Running:
-    """At most `slots` sequences."""
+    """At most `slots` sequences, on blocks of `block_size` tokens."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, block_size: int) -> None:
+        self._block_size = block_size
         self.holders: list[Sequence] = []
         """All of them."""
         self.prefills: list[Sequence] = []
@@ -78,14 +83,27 @@ class Running:
         keys = {s: victim(Holder(s.rank, len(s.table.blocks), s.num_computed)) for s in behind}
         return sorted(behind, key=lambda sequence: keys[sequence], reverse=True)
 
+    def spare(self, ahead: int) -> int:
+        """Blocks that the first `ahead` holders will soon take: whoever starts leaves them, or would yield at once."""
+        if self._block_size <= SPARE_TOKENS:
+            return ahead
+        return sum(map(self._takes_soon, self.holders[:ahead]))
+
+    def _takes_soon(self, sequence: Sequence) -> bool:
+        return len(sequence.table.blocks) * self._block_size < sequence.num_tokens + SPARE_TOKENS
+
     def rooms(self, ahead: int, free: int) -> list[int]:
         """For those with so many holders of blocks ahead, one more, and so on: the blocks that they could have at most.
 
-        That is the `free` ones and all of those behind, whose slots they can have too, but one for each ahead; or -1.
+        That is the `free` ones and all of those behind, whose slots they can have too, but what is spared; or -1.
         """
         behind = self.holders[ahead:]
         blocks = [*accumulate((len(sequence.table.blocks) for sequence in reversed(behind)), initial=0)]
-        rooms = [free + theirs - i for i, theirs in enumerate(reversed(blocks), ahead)]
+        if self._block_size <= SPARE_TOKENS:
+            spares: Iterable[int] = range(ahead, ahead + len(blocks))
+        else:
+            spares = accumulate(map(self._takes_soon, behind), initial=self.spare(ahead))
+        rooms = [free + theirs - spare for spare, theirs in zip(spares, reversed(blocks), strict=True)]
         if not self.free_slots:
             rooms[-1] = -1
         return rooms

@@ -85,7 +85,7 @@ class Scheduler:
         self.token_budget = token_budget
         self.state = State(
             cache,
-            Running(max_running),
+            Running(max_running, cache.block_size),
             Waiting(cache),
             order_named(order),
             victim_named(victim),

@@ -117,6 +117,17 @@ def test_who_has_much_to_compute_may_be_told_not_to_pass() -> None:
     assert story(engine, "promoted") == ["promoted short by head", "promoted cached by head"]
 
 
+@pytest.mark.parametrize(("first", "starts"), [(65, True), (100, False)])
+def test_a_block_is_spared_for_each_before_it_that_soon_takes_another(first: int, starts: bool) -> None:
+    """With 28 tokens left in its last block it soon does, with 63 it does not."""
+    engine = make_engine(blocks=4, block_size=64, budget=256, order="flashgen")
+    engine.add(request("first", [1] * first, 60))
+    engine.add(request("second", [2] * 120, 4))
+    engine.step()
+    assert [s.request_id for s in engine.scheduler.running] == ["first", "second"][: 1 + starts]
+    finish(engine)
+
+
 def test_blocks_that_others_hold_too_free_nothing() -> None:
     """Two promoted ones share their prompt: each alone frees little, and together they free it."""
     engine = make_engine(blocks=20, block_size=4, budget=64, reuse=True, order="flashgen")
@@ -208,7 +219,8 @@ def assert_nobody_waits_who_could_run(scheduler: Scheduler, plan: StepPlan | Non
         # A token of one that has just been preempted is in flight; who has been woken is looked at in the next step.
         if not waiting.in_flight and waiting not in scheduler.cache.index.woken:
             slot = bool(scheduler.state.running.free_slots or behind)
-            fits = scheduler.cache.fits(waiting.table, waiting.tokens, ahead, [s.table for s in behind])
+            spare = scheduler.state.running.spare(ahead)
+            fits = scheduler.cache.fits(waiting.table, waiting.tokens, spare, [s.table for s in behind])
             assert not (slot and fits), f"{waiting.request_id} could run"
         if not scheduler.state.order.passes:
             return

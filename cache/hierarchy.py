@@ -23,7 +23,8 @@ nobody waits for any more is dropped. What cannot be read, written or found cost
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Set
 from dataclasses import asdict
 
 from jserve.cache.block_keys import extend_keys
@@ -184,17 +185,25 @@ class TieredCache(KVCache):
 
     # --- admission: loading -------------------------------------------------------------------------------------
 
-    def _find(self, table: BlockTable, token_ids: list[int]) -> list[int | None]:
+    def _find(self, table: BlockTable, token_ids: list[int], gone: Set[int] = frozenset()) -> list[int | None]:
+        """As far as the device has it or the host. `gone`: blocks of the device that do not count."""
         extend_keys(table.keys, table.root, token_ids, self.block_size)
         # What was preempted comes back from the host without having been staged.
         split = table.restore.split if table.restore is not None else self.num_blocks
         found: list[int | None] = []
         for i, key in enumerate(table.keys[: self._most_blocks(len(token_ids))]):
             block = self.index.block_of(key)
+            block = None if block in gone else block
             if block is None and (i >= split or not self.host.is_ready(key) or not self.tiers.host_is_read):
                 break
             found.append(block)
         return found
+
+    def _find_without(self, table: BlockTable, token_ids: list[int], theirs: Counter[int]) -> list[int | None]:
+        if self.device_reuse:
+            return self._find(table, token_ids)
+        # What nobody else holds is forgotten, and so is all behind it that the host has not got.
+        return self._find(table, token_ids, {b for b, held in theirs.items() if self.pool.ref_count(b) == held})
 
     def admit(self, table: BlockTable, token_ids: list[int], spare: int = 0) -> Admission | None:
         found = self._find(table, token_ids)

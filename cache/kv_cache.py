@@ -105,7 +105,8 @@ class KVCache:
         theirs = Counter(block for other in without for block in other.blocks)
         refs = self.pool.ref_count
         freed = sum(refs(block) == count for block, count in theirs.items())
-        shared = sum(block is not None and refs(block) > theirs[block] for block in self._find(table, token_ids))
+        found = self._find_without(table, token_ids, theirs)
+        shared = sum(block is not None and refs(block) > theirs[block] for block in found)
         return self.blocks_for(len(token_ids)) - shared + spare <= self.pool.num_free + freed
 
     def kept(self, table: BlockTable, token_ids: list[int]) -> Kept:
@@ -142,6 +143,10 @@ class KVCache:
         """The leading blocks whose KV is kept: on the device under this number, or (None) in a tier below it."""
         extend_keys(table.keys, table.root, token_ids, self.block_size)
         return [*self.index.match(table.keys[: self._most_blocks(len(token_ids))])] if self._reuse else []
+
+    def _find_without(self, table: BlockTable, token_ids: list[int], theirs: Counter[int]) -> list[int | None]:
+        """What `_find` would find if each of these blocks had been let go of so many times: as much, if all is kept."""
+        return self._find(table, token_ids)
 
     def _most_blocks(self, num_tokens: int) -> int:
         """Blocks of a prompt that may be found rather than computed."""

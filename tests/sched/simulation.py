@@ -53,6 +53,7 @@ def make_tiered_engine(
     wait_limit_s: float = 1.0,
     orders_loads: bool = False,
     disk: int = 0,
+    device_reuse: bool = True,
     **sched: Any,
 ) -> Engine:
     """With a host tier, maybe a disk tier. Copies take `copy_s` a block, and are believed to take `block_copy_s`."""
@@ -70,6 +71,7 @@ def make_tiered_engine(
         strategy=restore_strategy("always"),
         staging_blocks=host,
         wait_limit_s=wait_limit_s,
+        device_reuse=device_reuse,
     )
     return _engine(_config(blocks, block_size, max_running, budget, overlap, True, sched), clock, executor, cache=cache)
 

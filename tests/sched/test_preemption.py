@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import VOCAB, events_of, make_engine, make_tiered_engine, request, workload
 
+from jserve.cache.kv_cache import BlockTable
 from jserve.engine import Engine
 from jserve.errors import ConfigError
 from jserve.request import Terms
@@ -169,3 +170,19 @@ def test_later_decodes_that_fill_a_step_do_not_hold_up_an_earlier_prompt() -> No
     engine.add(request("H", [9, 9, 9], 3, terms=Terms(priority=1)))
     run(engine, until=6)
     assert ("finished", "H") in [(e.kind, e.request_id) for e in events_of(engine)]
+
+
+@pytest.mark.parametrize("device_reuse", [False, True])
+def test_what_a_victim_alone_holds_of_a_shared_prefix_counts_only_where_the_device_keeps_it(device_reuse: bool) -> None:
+    """Two have computed the same prompt at once: the first block that is found is the victim's, the others are not."""
+    cache = make_tiered_engine(blocks=10, block_size=4, device_reuse=device_reuse).cache
+    prompt = list(range(17))
+    victim, other, newcomer = (BlockTable(b"root") for _ in range(3))
+    for table in (victim, other):
+        assert cache.admit(table, prompt) is not None
+    cache.publish(victim, prompt, 4)
+    cache.publish(other, prompt, 16)
+    fits = cache.fits(newcomer, prompt, 1, [victim])
+    assert fits == device_reuse, "five blocks are free then: two are enough, or all five are needed"
+    cache.release(victim)
+    assert (cache.admit(newcomer, prompt, 1) is not None) == fits

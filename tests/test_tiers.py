@@ -14,6 +14,7 @@ import pytest
 
 from jserve import checkpoints, tiers
 from jserve.cache import read_ahead
+from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost, Strategy, by_cost
 from jserve.cache.hierarchy import TieredCache
 from jserve.cache.returns import GapModel
 from jserve.config import CacheConfig, EngineConfig, Eviction, Preempt, RunnerConfig, SchedConfig
@@ -168,6 +169,48 @@ def test_a_restart_finds_the_conversations_of_the_process_before_it(
     first_turns = sum((8 + i) // BLOCK * BLOCK for i in range(6))
     assert tiers_of(after).tier_stats.disk_hit_tokens >= first_turns
     assert after.stats().cached_tokens > before.stats().cached_tokens
+    after.close()
+
+
+def as_if_slow(kind: str) -> Strategy:
+    """The cost model's choice, as if this kind of copy took twice as long as computing: so both are done at once."""
+    fast, slow = LinkCost(1e12), LinkCost(1 / (2e-3 * BLOCK))
+    load, read = (slow, fast) if kind == "load" else (fast, slow)
+    model = CostModel(PrefillCost(0.0, 1e-3, 0.0), DecodeCost(0.01), load, fast, read, fast, BLOCK, 1)
+    return lambda _, reach: by_cost(model, reach)
+
+
+@pytest.mark.parametrize("kind", ["load", "read"])
+def test_prompts_that_are_computed_while_their_end_is_brought_have_the_same_tokens(
+    plain: dict[str, list[int]], tmp_path: Path, kind: str
+) -> None:
+    engine = make_engine(device=24, host=400 if kind == "load" else 26, directory=tmp_path)
+    tiers = tiers_of(engine)
+    tiers.strategy = as_if_slow(kind)
+    assert chat(engine) == plain
+    assert tiers.tier_stats.closed_gaps > 5
+    assert (tiers.tier_stats.disk_hit_tokens > 0) == (kind == "read")
+    check_idle(engine)
+    assert not tiers.gaps.open
+    assert tiers.host.num_borrowed == 0
+    engine.close()
+
+
+def test_a_gap_with_damaged_files_is_computed(plain: dict[str, list[int]], tmp_path: Path) -> None:
+    before = make_engine(device=400, host=400, directory=tmp_path)
+    chat(before)
+    before.close()
+    for path in itertools.islice(blocks_on_disk(tmp_path), 0, None, 3):
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 1
+        path.write_bytes(data)
+    after = make_engine(device=24, host=26, directory=tmp_path)
+    tiers = tiers_of(after)
+    tiers.strategy = as_if_slow("read")
+    assert chat(after) == plain
+    assert tiers.tier_stats.closed_gaps > 0
+    assert tiers.tier_stats.failed_reads > 0
+    check_idle(after)
     after.close()
 
 

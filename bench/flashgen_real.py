@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import jax
 from rich.console import Console
@@ -44,6 +44,7 @@ from jserve.errors import JserveError
 from jserve.progress import Progress
 from jserve.runner import Runner
 from jserve.simulation.arms import ARMS, arm
+from jserve.simulation.doors import Spread
 from jserve.simulation.fitting import RecordingExecutor, fit_steps
 from jserve.simulation.gauges import Gauges, Observed
 from jserve.simulation.playing import Span, play
@@ -62,6 +63,8 @@ TOLD = {
 }
 """The columns, with what a number is multiplied by for people."""
 HITS = ("device_hit_share", "host_hit_share", "disk_hit_share")
+SIMULATIONS = 3
+"""Of each arm, in the mean: single ones depend on which steps happen to be slow."""
 APART = 0.1
 """Arms whose results differ by less than this share have no order that a second run would confirm."""
 Answers = dict[tuple[str, int], tuple[list[int], list[int]]]
@@ -106,6 +109,7 @@ class Stage:
     args: argparse.Namespace
     runner: Runner
     cost: CostModel
+    spread: Spread
     work: Workload
     directory: Path
     progress: Progress
@@ -159,10 +163,9 @@ def _stage(args: argparse.Namespace, progress: Progress) -> Iterator[Stage]:
     runner = make_runner(config, args.model_shape, progress)
     directory = Path(tempfile.mkdtemp(prefix="jserve-arms-", dir=args.directory))
     try:
-        stage = Stage(
-            args, runner, _links(config, runner, directory, progress), _work(args, args.seed), directory, progress
-        )
-        yield replace(stage, cost=_with_steps(stage))
+        cost = _links(config, runner, directory, progress)
+        stage = Stage(args, runner, cost, Spread((1.0,), (1.0,)), _work(args, args.seed), directory, progress)
+        yield _with_steps(stage)
     finally:
         runner.close()
         shutil.rmtree(directory, ignore_errors=True)
@@ -179,13 +182,13 @@ def _links(config: EngineConfig, runner: Runner, directory: Path, progress: Prog
         transfer.close()
 
 
-def _with_steps(stage: Stage) -> CostModel:
+def _with_steps(stage: Stage) -> Stage:
     """Steps as they come when other chats are served, which also warms everything up."""
     work = replace(_work(stage.args, stage.args.seed + 1), name="other chats, to measure steps")
     with _engine(stage, "flashgen-cache") as (engine, executor):
         play(engine, work, span=Span(0, stage.args.calls), progress=stage.progress)
-    prefill, decode = fit_steps(executor.samples)
-    return replace(stage.cost, prefill=prefill, decode=decode)
+    prefill, decode, spread = fit_steps(executor.samples)
+    return replace(stage, cost=replace(stage.cost, prefill=prefill, decode=decode), spread=spread)
 
 
 def _work(args: argparse.Namespace, seed: int) -> Workload:
@@ -217,12 +220,13 @@ def _pair(stage: Stage, name: str) -> Pair:
         executor.on_end = lambda plan, seconds: gauges.see(plan, seconds, ended=True)
         played = play(engine, work, span=span, progress=stage.progress, users=users)
         others_cores = noise.others_cores()
-    simulated = simulate(_described(stage, name), work, span=span, most_steps=1)
-    return Pair(name, numbers_of(Observed(played, gauges)), numbers_of(simulated), users.answers, others_cores)
+    runs = [numbers_of(simulate(_described(stage, name, n), work, span=span, most_steps=1)) for n in range(SIMULATIONS)]
+    simulated = {key: mean(run[key] for run in runs) for key in runs[0]}
+    return Pair(name, numbers_of(Observed(played, gauges)), simulated, users.answers, others_cores)
 
 
-def _described(stage: Stage, name: str) -> System:
-    """The same engine for the simulator."""
+def _described(stage: Stage, name: str, nth: int) -> System:
+    """The same engine for the simulator; each draws other times from the same spread."""
     info = stage.runner.info
     return System(
         stage.cost,
@@ -233,6 +237,7 @@ def _described(stage: Stage, name: str) -> System:
         info.max_model_len,
         info.weight_bytes,
         info.token_budget,
+        spread=replace(stage.spread, seed=nth),
     )
 
 

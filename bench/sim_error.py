@@ -1,30 +1,35 @@
 """`python -m bench.sim_error`: how far the simulator is from the real engine, on this machine, with a real model.
 
-An engine in this process serves chats and notes what each step held and took; from that the steps' costs are fitted.
-Then other chats are served by the real engine, and by the simulator with those costs. Rounds of the two are interleaved
-with fits, and each round's error is that of its own fit; the median of the rounds counts.
+An engine in this process serves chats and notes what each step held and took; from that the steps' costs are fitted,
+and how much single steps differ from them. Other chats are served by the real engine, and by the simulator with those
+costs. Chats to fit and chats to compare alternate, so that both see the same machine; throughput and percentiles are
+those of all compared calls together, for in a queue the latest of few calls is a matter of luck. Each work is simulated
+several times, with other draws from the steps' spread.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 
 from rich.console import Console
 
 from bench import profiling, report
+from bench.noise import Noise
 from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost
 from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
 from jserve.console import RichProgress
 from jserve.engine import Engine
 from jserve.errors import JserveError
-from jserve.simulation.fitting import RecordingExecutor, fit_steps
-from jserve.simulation.playing import play
+from jserve.simulation.fitting import RecordingExecutor, StepSample, fit_steps
+from jserve.simulation.playing import Played, play
 from jserve.simulation.simulator import System, simulate
-from jserve.simulation.summary import Summary, summarise
+from jserve.simulation.summary import measured, percentile, summarise
 from jserve.simulation.workload import Workload, chat_session, closed_loop, contents
 
 COMPARED = {
@@ -35,50 +40,70 @@ COMPARED = {
 }
 
 
+SIMULATIONS = 5
+"""Of each work."""
+
+
 @dataclass(frozen=True)
-class Round:
-    """One fit, and what both worlds made of other work."""
+class Compared:
+    """What both worlds made of the same works, after one fit."""
 
     prefill: PrefillCost
     decode: DecodeCost
-    real: Summary
-    simulated: Summary
+    real: Sequence[Played]
+    simulated: Sequence[Sequence[Played]]
+    """Of each work."""
 
     def error(self, name: str) -> float:
-        """Relative; above 0 where the simulation says more."""
-        real, said = self.real.as_dict()[name], self.simulated.as_dict()[name]
-        return said / real - 1
+        """Relative, of all works together; above 0 where the simulation says more."""
+        return together([run for runs in self.simulated for run in runs])[name] / together(self.real)[name] - 1
+
+
+class CpuClock:
+    """Counts what this process takes of its cores: what else runs on a shared machine hardly shows."""
+
+    def __init__(self) -> None:
+        self._cores = len(os.sched_getaffinity(0))
+        self._waited_s = 0.0
+
+    def now(self) -> float:
+        return time.process_time() / self._cores + self._waited_s
+
+    def wait(self, seconds: float) -> None:
+        """Nothing else would happen meanwhile."""
+        self._waited_s += seconds
 
 
 def main() -> int:
     args = _arguments()
     console = report.console(args)
+    noise = Noise()
     try:
-        rounds = _rounds(args)
+        done = _compared(args)
     except JserveError as error:
         print(f"bench.sim_error: {error}", file=sys.stderr)
         return 2
-    metrics: dict[str, float] = {}
+    real, said = together(done.real), together([run for runs in done.simulated for run in runs])
+    metrics = {metric: abs(done.error(name)) for metric, name in COMPARED.items()}
     rows: list[list[object]] = []
-    for metric, name in COMPARED.items():
-        errors = [abs(done.error(name)) for done in rounds]
-        metrics[metric] = median(errors)
-        rows.append(
-            [
-                name,
-                median(done.real.as_dict()[name] for done in rounds),
-                median(done.simulated.as_dict()[name] for done in rounds),
-                f"{100 * median(done.error(name) for done in rounds):+.1f} %",
-                " ".join(f"{100 * done.error(name):+.1f}" for done in rounds),
-            ]
+    for name in COMPARED.values():
+        singly = (
+            together(runs)[name] / together([one])[name] - 1
+            for one, runs in zip(done.real, done.simulated, strict=True)
         )
-    _show(console, rows, rounds)
-    config = {"clients": args.clients, "sessions": args.sessions, "rounds": args.rounds, "model": args.model}
+        each = " ".join(f"{100 * error:+.1f}" for error in singly)
+        rows.append([name, real[name], said[name], f"{100 * done.error(name):+.1f} %", each])
+    columns = ["", "real", "simulated", "error", "each work, %"]
+    console.print(report.table("the simulator beside the real engine, on the same work", columns, rows))
+    metrics["others_cores"] = noise.others_cores()
+    _note_fit(console, done, metrics["others_cores"])
+    names = ("clients", "sessions", "rounds", "model", "cpu_clock")
+    config = {name: getattr(args, name) for name in names} | {"calls": sum(len(run.calls) for run in done.real)}
     report.emit(report.Result("sim_error", metrics, config, args.seed), args)
     return 0
 
 
-def _rounds(args: argparse.Namespace) -> list[Round]:
+def _compared(args: argparse.Namespace) -> Compared:
     progress = RichProgress()
     config = EngineConfig(
         model=args.model,
@@ -88,23 +113,46 @@ def _rounds(args: argparse.Namespace) -> list[Round]:
         runner=RunnerConfig(**profiling.of(args)),
     )
     engine = Engine.from_config(config, progress)
+    if args.cpu_clock:
+        engine.clock = CpuClock()
     recorder = RecordingExecutor(engine.executor, engine.clock)
     engine.executor = recorder
-    rounds = []
+    samples: list[StepSample] = []
+    works, real = [], []
     try:
         play(engine, chats(4, args.clients, args.seed), progress=progress)  # first calls cost extra
         for n in range(args.rounds):
             recorder.samples.clear()
-            fitting = chats(args.sessions, args.clients, args.seed + 2 * n + 1)
+            fitting = chats(max(4, args.sessions // 3), args.clients, args.seed + 2 * n + 1)
             play(engine, replace(fitting, name="to fit"), progress=progress)
-            prefill, decode = fit_steps(recorder.samples)
-            work = replace(chats(args.sessions, args.clients, args.seed + 2 * n + 2), name="to compare")
-            real = summarise(play(engine, work, progress=progress))
-            done = simulate(_system(engine, prefill, decode), work, most_steps=1)
-            rounds.append(Round(prefill, decode, real, summarise(done.played)))
+            samples += recorder.samples
+            works.append(replace(chats(args.sessions, args.clients, args.seed + 2 * n + 2), name="to compare"))
+            real.append(play(engine, works[-1], progress=progress))
+        prefill, decode, spread = fit_steps(samples)
+        described = replace(_system(engine, prefill, decode), spread=spread)
     finally:
         engine.close()
-    return rounds
+    return Compared(prefill, decode, real, [simulated(described, work) for work in works])
+
+
+def simulated(described: System, work: Workload) -> list[Played]:
+    """Some times, each with other draws from the spread."""
+    assert described.spread is not None
+    spreads = [replace(described.spread, seed=seed) for seed in range(SIMULATIONS)]
+    return [simulate(replace(described, spread=spread), work, most_steps=1).played for spread in spreads]
+
+
+def together(runs: Sequence[Played]) -> dict[str, float]:
+    """The compared numbers of all calls of these runs."""
+    each = [summarise(run) for run in runs]
+    calls = [call for run in runs for call in measured(run) if not call.refused]
+    ttfts, tpots = [call.ttft_s for call in calls], [call.tpot_s for call in calls if call.output_tokens > 1]
+    return {
+        "output_tokens_per_s": sum(s.output_tokens_per_s * s.seconds for s in each) / sum(s.seconds for s in each),
+        "ttft_p50_s": percentile(ttfts, 50),
+        "ttft_p95_s": percentile(ttfts, 95),
+        "tpot_p50_s": percentile(tpots, 50),
+    }
 
 
 def _system(engine: Engine, prefill: PrefillCost, decode: DecodeCost) -> System:
@@ -140,15 +188,13 @@ def chats(sessions: int, clients: int, seed: int) -> Workload:
     return closed_loop(Workload("chats", tuple(made)), clients)
 
 
-def _show(console: Console, rows: list[list[object]], rounds: list[Round]) -> None:
-    columns = ["", "real", "simulated", "error", "each round, %"]
-    console.print(report.table("the simulator beside the real engine, on the same work", columns, rows))
-    decode, prefill = rounds[-1].decode, rounds[-1].prefill
+def _note_fit(console: Console, done: Compared, others_cores: float) -> None:
+    decode, prefill = done.decode, done.prefill
     report.note(
         console,
-        f"last fit: decode {1e3 * decode.overhead_s:.2f} ms, {1e3 * decode.per_sequence_s:.2f} ms a sequence, "
+        f"fit: decode {1e3 * decode.overhead_s:.2f} ms, {1e3 * decode.per_sequence_s:.2f} ms a sequence, "
         f"{1e6 * decode.per_context_token_s:.2f} us a context token; prefill {1e3 * prefill.overhead_s:.2f} ms, "
-        f"{1e3 * prefill.per_token_s:.3f} ms a token; {rounds[-1].real.calls} calls a round",
+        f"{1e3 * prefill.per_token_s:.3f} ms a token; other processes took {others_cores:.2f} cores",
     )
 
 
@@ -158,9 +204,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", help="the embedded default if left out")
     parser.add_argument("--clients", type=int, default=6, metavar="N", help="of the closed loop (default 6)")
-    parser.add_argument("--sessions", type=int, default=24, metavar="N", help="of each part of a round (default 24)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument("--sessions", type=int, default=24, metavar="N", help="to compare, of each round (24)")
+    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="default 4")
     parser.add_argument("--device-blocks", type=int, default=2048, metavar="N", help="of the KV pool (default 2048)")
+    parser.add_argument("--cpu-clock", action="store_true", help="count this process's CPU time: on shared machines")
     profiling.add_argument(parser)
     report.add_arguments(parser)
     return parser.parse_args()

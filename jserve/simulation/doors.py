@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -42,9 +43,22 @@ class TimedClock(SimulatedClock):
         self._now_s = max(self._now_s, following) if following < math.inf else self._now_s + seconds
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How single steps of a real engine differ from what such steps take in the mean: measured over fitted.
+
+    A machine whose steps vary has longer queues than one of the same mean whose steps do not.
+    """
+
+    decode: tuple[float, ...]
+    mixed: tuple[float, ...]
+    """Of steps with chunks of prompts."""
+    seed: int = 0
+
+
 @dataclass(slots=True)
 class StepTime:
-    """What a step takes, from the numbers of a cost model.
+    """What a step takes, from the numbers of a cost model; with a spread, times a ratio that is drawn from it.
 
     Decodes alone take their model's time, or that of the linear layers' arithmetic if it is more. In a batch with
     prefill chunks all tokens go through the linear layers together: reading the weights hides behind the arithmetic or
@@ -52,8 +66,19 @@ class StepTime:
     """
 
     cost: CostModel
+    spread: Spread | None = None
+    _rng: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rng = random.Random(self.spread.seed if self.spread is not None else 0)
 
     def seconds(self, plan: StepPlan) -> float:
+        if self.spread is None:
+            return self._mean_s(plan)
+        ratios = self.spread.decode if plan.num_decodes == len(plan.rows) else self.spread.mixed
+        return self._mean_s(plan) * self._rng.choice(ratios)
+
+    def _mean_s(self, plan: StepPlan) -> float:
         decode, prefill = self.cost.decode, self.cost.prefill
         decodes, rows = plan.num_decodes, plan.rows
         context = sum(row.start for row in rows[:decodes]) + decodes if decodes else 0

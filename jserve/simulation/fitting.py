@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any, TypeVar
 
 from jserve.cache.cost import DecodeCost, PrefillCost
@@ -12,6 +12,7 @@ from jserve.cache.cost_fit import fit_decode, fit_prefill
 from jserve.doors import Clock, Executor, LaunchedStep, StepResult
 from jserve.errors import ConfigError
 from jserve.sched.plan import StepPlan
+from jserve.simulation.doors import Spread
 
 WILD = 2.0
 """A step that took more than so many times what the fit says was disturbed: it is left out of the next fit."""
@@ -79,7 +80,7 @@ class _Recorded:
         return result
 
 
-def fit_steps(samples: Sequence[StepSample]) -> tuple[PrefillCost, DecodeCost]:
+def fit_steps(samples: Sequence[StepSample]) -> tuple[PrefillCost, DecodeCost, Spread]:
     """What `StepTime` makes of them, turned round. ConfigError if there are no steps of both kinds."""
     decodes = [s for s in samples if s.is_decode and s.seconds > 0]
     mixed = [s for s in samples if not s.is_decode and s.seconds > 0]
@@ -104,7 +105,9 @@ def fit_steps(samples: Sequence[StepSample]) -> tuple[PrefillCost, DecodeCost]:
             fitted.overhead_s + fitted.per_token_s * s.tokens + fitted.per_pair_s * s.pairs + per_context_s * s.context
         )
 
-    return _fit(mixed, prefill_of, prefill_s), decode
+    prefill = _fit(mixed, prefill_of, prefill_s)
+    spread = Spread(_ratios(decodes, decode, _decode_s), _ratios(mixed, prefill, prefill_s))
+    return prefill, decode, spread
 
 
 def _decode_s(fitted: DecodeCost, s: StepSample) -> float:
@@ -127,3 +130,10 @@ def _fit(
             break
         kept = calm
     return fitted
+
+
+def _ratios(samples: Sequence[StepSample], fitted: C, predict: Callable[[C, StepSample], float]) -> tuple[float, ...]:
+    """Of the calm ones, in the mean 1."""
+    ratios = [s.seconds / predict(fitted, s) for s in samples]
+    calm = [ratio for ratio in ratios if 1 / WILD < ratio / median(ratios) < WILD]
+    return tuple(ratio / mean(calm) for ratio in calm)

@@ -21,7 +21,7 @@ from jserve.doors import EngineInfo
 from jserve.engine import Engine
 from jserve.errors import ConfigError
 from jserve.progress import Progress
-from jserve.simulation.doors import VOCAB_SIZE, StepTime, TimedClock, TimedExecutor, TimedTransfer
+from jserve.simulation.doors import VOCAB_SIZE, Spread, StepTime, TimedClock, TimedExecutor, TimedTransfer
 from jserve.simulation.gauges import Gauges, Observed
 from jserve.simulation.playing import Span, play
 from jserve.simulation.profiles import Hardware, ModelShape, cost_model, device_blocks
@@ -47,6 +47,8 @@ class System:
     token_budget: int = 2048
     host_s: float = 0.0
     """What the engine's Python adds to each step."""
+    spread: Spread | None = None
+    """How single steps vary; None: not at all."""
 
     @property
     def kv_bytes_per_token(self) -> float:
@@ -97,7 +99,7 @@ def build(described: System) -> tuple[Engine, TimedExecutor]:
     """The production engine over timed doors."""
     clock = TimedClock()
     config = described.config
-    executor = TimedExecutor(clock, StepTime(described.cost), described.host_s)
+    executor = TimedExecutor(clock, StepTime(described.cost, described.spread), described.host_s)
     info = EngineInfo(
         model=described.model,
         fingerprint="simulated",

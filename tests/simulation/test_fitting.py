@@ -6,17 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from bench.sim_error import COMPARED, Round, chats
+from bench.sim_error import COMPARED, Compared, chats, simulated, together
 from jserve.cache.cost import DecodeCost, PrefillCost
 from jserve.config import RunnerConfig
 from jserve.engine import Engine
 from jserve.errors import ConfigError
-from jserve.simulation.doors import VOCAB_SIZE, TimedClock
+from jserve.simulation.doors import VOCAB_SIZE, Spread, TimedClock
 from jserve.simulation.fitting import RecordingExecutor, StepSample, fit_steps
 from jserve.simulation.playing import play
 from jserve.simulation.profiles import hardware, model_shape
 from jserve.simulation.simulator import System, build, simulate, system
-from jserve.simulation.summary import summarise
 from jserve.simulation.workload import Users
 
 TRUTH = PrefillCost(4e-3, 1.5e-3, 1e-7), DecodeCost(20e-3, 1e-3, 2e-6)
@@ -47,18 +46,41 @@ def recorded(of: System, seed: int) -> list[StepSample]:
 
 def test_what_is_fitted_to_one_run_predicts_another() -> None:
     of = machine()
-    prefill, decode = fit_steps(recorded(of, seed=1))
-    fitted = replace(of, cost=replace(of.cost, prefill=prefill, decode=decode))
+    prefill, decode, spread = fit_steps(recorded(of, seed=1))
+    fitted = replace(of, cost=replace(of.cost, prefill=prefill, decode=decode), spread=spread)
     other = chats(12, 4, seed=2)
-    real, said = (summarise(simulate(world, other, most_steps=1).played) for world in (of, fitted))
-    done = Round(prefill, decode, real, said)
+    real = simulate(of, other, most_steps=1).played
+    done = Compared(prefill, decode, [real], [simulated(fitted, other)])
     assert {metric: round(done.error(name), 2) for metric, name in COMPARED.items()} == dict.fromkeys(COMPARED, 0.0)
+
+
+def test_steps_vary_in_the_simulation_as_they_were_seen_to() -> None:
+    calm = [StepSample(2, 500, 2, 0.0, 0.02)] * 50 + [StepSample(0, 0, 64, 2048.0, 0.1)] * 50
+    varied = [replace(s, seconds=s.seconds * (0.9 if i % 2 else 1.1)) for i, s in enumerate(calm)]
+    disturbed = [*varied, replace(varied[0], seconds=9.0)]
+    for samples, seen in ((calm, {1.0}), (varied, {0.9, 1.1}), (disturbed, {0.9, 1.1})):
+        _, _, spread = fit_steps(samples)
+        for ratios in (spread.decode, spread.mixed):
+            assert sum(ratios) / len(ratios) == pytest.approx(1.0)
+            assert {round(ratio, 1) for ratio in ratios} == seen
+
+
+def test_a_spread_is_drawn_by_its_seed_and_makes_queues_longer() -> None:
+    of, work = machine(), chats(24, 8, seed=5)
+    wide = Spread(decode=(0.5, 1.5), mixed=(0.5, 1.5))
+    steady, once, again, other = (
+        simulate(replace(of, spread=spread), work, most_steps=1).played
+        for spread in (None, wide, wide, replace(wide, seed=1))
+    )
+    assert once.calls == again.calls != other.calls
+    late = [together([played])["ttft_p95_s"] for played in (steady, once, other)]
+    assert late[0] < min(late[1:])
 
 
 def test_disturbed_steps_do_not_move_the_fit() -> None:
     samples = recorded(machine(), seed=1)
     noisy = [replace(s, seconds=8 * s.seconds) if i % 11 == 0 else s for i, s in enumerate(samples)]
-    (_, calm), (_, disturbed) = fit_steps(samples), fit_steps(noisy)
+    (_, calm, _), (_, disturbed, _) = fit_steps(samples), fit_steps(noisy)
     assert disturbed.seconds(4, 1000) == pytest.approx(calm.seconds(4, 1000), rel=0.02)
 
 

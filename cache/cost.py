@@ -20,7 +20,7 @@ from typing import Any
 
 from jserve.errors import ConfigError
 
-_FORMAT = 1
+_FORMAT = 2
 _STEP = 0.1  # share of the (logarithmic) error that one observation corrects
 _MOST_PER_OBSERVATION = math.log(2)  # what one outlier may claim
 _MOST_SCALE = 16.0

@@ -1,6 +1,6 @@
-"""Measures what the cost model needs, once for each machine, model and disk: computing a prompt, and copying blocks.
+"""Measures what the cost model needs, once for each machine, model and disk: prompts, decodes of batches, copies.
 
-It takes a second or two, on the runner and the copies that will serve, and is kept under the cache folder. What is seen
+It takes some seconds, on the runner and the copies that will serve, and is kept under the cache folder. What is seen
 while serving corrects it later (`cache.cost`); `jserve calibrate` measures it again.
 """
 
@@ -30,9 +30,17 @@ from jserve.request import EngineRequest, SamplingParams
 
 if TYPE_CHECKING:
     from jserve.cache.transfer import Transfer
+    from jserve.engine import Engine
     from jserve.runner import Runner
 
 _TURNS = 3
+_MOST_DECODES = 16
+_UNTIMED, _TIMED = 2, 6
+"""Decode steps of each batch size. After a change of the batch, one step of the old one is still under way."""
+_LADDER_TOKENS = 80
+"""Answers: enough for the steps of all batch sizes, and for those in which the later prompts are computed."""
+_PROMPTS_S = 1.0
+"""What the prompts of a batch may take that is measured for its decodes alone."""
 _DISK_BLOCKS = 16
 _DISK_TICKET = 1 << 62  # far from the hierarchy's own: an operation that hangs may end while it serves
 GUESSED_DISK = LinkCost(1e9, 1e-4)
@@ -88,27 +96,86 @@ def _measure_steps(config: EngineConfig, runner: Runner) -> tuple[PrefillCost, D
     """Through an engine of its own, whose cache is thrown away."""
     from jserve.engine import Engine
 
-    engine = Engine(
-        replace(config, cache=replace(config.cache, prefix_cache=True, host_gib=0, disk_dir=None)), runner.info, runner
-    )
-    rng = random.Random(0)
-    budget, room = runner.info.token_budget, min(engine.max_total_tokens - 8, 4 * runner.info.token_budget)
+    alone = replace(config, cache=replace(config.cache, prefix_cache=True, host_gib=0, disk_dir=None))
+    return measure_steps(Engine(alone, runner.info, runner))
+
+
+def measure_steps(engine: Engine) -> tuple[PrefillCost, DecodeCost]:
+    """Prompts alone, and decodes of several batch sizes after short and long prompts, by the engine's clock."""
+    rng, clock = random.Random(0), engine.clock
+    budget = engine.info.token_budget
+    room = min(engine.max_total_tokens - 8, 4 * budget)
     prefills: list[tuple[int, int, float]] = []
-    decodes: list[tuple[int, int, float]] = []
-    for turn in range(_TURNS):
+    for _ in range(_TURNS):
         for num_tokens in sorted({min(room, n) for n in (budget // 8, budget // 2, budget, 4 * budget) if n > 0}):
-            prompt = [rng.randrange(runner.info.vocab_size) for _ in range(num_tokens)]
-            params = SamplingParams(max_tokens=4, ignore_eos=True)
-            name = f"calibrate {turn} {num_tokens}"
-            engine.add(EngineRequest(request_id=name, token_ids=prompt, sampling=params))
-            times_s: list[float] = []
-            start_s = time.perf_counter()
-            while engine.has_work:
-                for _ in engine.step():
-                    times_s.append(time.perf_counter() - start_s)
-            prefills.append((num_tokens, 0, times_s[0]))
-            decodes.append((1, num_tokens, (times_s[-1] - times_s[0]) / (len(times_s) - 1)))
-    return fit_prefill(prefills), fit_decode(decodes)
+            started_s = clock.now()
+            _start(engine, rng, 1, num_tokens, 1)
+            prefills.append((num_tokens, 0, clock.now() - started_s))
+            _end(engine)
+    prefill = fit_prefill(prefills)
+    decodes: list[tuple[int, int, float]] = []
+    for context in sorted({max(1, min(n, engine.max_total_tokens - _LADDER_TOKENS)) for n in (budget // 16, budget)}):
+        batch = _batch(engine, prefill, context)
+        for _ in range(_TURNS - 1):
+            decodes += _measure_decodes(engine, rng, batch, context)
+    return prefill, fit_decode(decodes)
+
+
+def _batch(engine: Engine, prefill: PrefillCost, context: int) -> int:
+    """A power of two: as many sequences of such contexts as run at once and have their prompts computed quickly."""
+    room = engine.info.device_blocks // -(-(context + _LADDER_TOKENS) // engine.info.block_size)
+    quick = int(_PROMPTS_S / prefill.seconds(context))
+    most = max(1, min(engine.config.sched.max_running, _MOST_DECODES, room, quick))
+    return 1 << (most.bit_length() - 1)
+
+
+def _measure_decodes(engine: Engine, rng: random.Random, batch: int, context: int) -> list[tuple[int, int, float]]:
+    """(sequences, tokens of their contexts, seconds of a step) of the batch, of half of it, and so on down to one."""
+    found: list[tuple[int, int, float]] = []
+    running = _start(engine, rng, batch, context, _LADDER_TOKENS)
+    while running:
+        for _ in range(_UNTIMED):
+            _step(engine, running)
+        times_s: list[float] = []
+        for _ in range(_TIMED):
+            started_s = engine.clock.now()
+            rows = _step(engine, running)
+            if rows == len(running):
+                times_s.append(engine.clock.now() - started_s)
+        if times_s:
+            found.append((len(running), sum(running.values()), median(times_s)))
+        for name in list(running)[len(running) // 2 :]:
+            engine.abort(name)
+            del running[name]
+    _end(engine)
+    return found
+
+
+def _start(engine: Engine, rng: random.Random, batch: int, context: int, max_tokens: int) -> dict[str, int]:
+    """So many requests, each with a prompt of its own, once all have their first token: the tokens of each."""
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    running = {f"calibrate {rng.getrandbits(64)}": context for _ in range(batch)}
+    for name in running:
+        prompt = [rng.randrange(engine.info.vocab_size) for _ in range(context)]
+        engine.add(EngineRequest(request_id=name, token_ids=prompt, sampling=params))
+    while min(running.values()) == context and _step(engine, running):
+        pass
+    return running
+
+
+def _step(engine: Engine, running: dict[str, int]) -> int:
+    """Go on until something was said, and add it to the tokens of those who said it; how many did. 0: all has ended."""
+    while engine.has_work:
+        if outputs := [output for output in engine.step() if output.request_id in running and output.token_ids]:
+            for output in outputs:
+                running[output.request_id] += len(output.token_ids)
+            return len(outputs)
+    return 0
+
+
+def _end(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
 
 
 def _measure_links(runner: Runner, transfer: Transfer) -> tuple[LinkCost, LinkCost]:

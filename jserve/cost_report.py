@@ -30,6 +30,8 @@ def table(cost: CostModel, info: EngineInfo, config: EngineConfig) -> str:
         "prefill, 1000 tokens after 1000": _time(prefill.seconds(1000, 1000)),
         "attention, a query and 1000 keys": _time(1000 * prefill.per_pair_s),
         "decode, a step of one": _time(decode.seconds(1, 0)),
+        "decode, each sequence more": _time(decode.per_sequence_s),
+        "decode, 1000 tokens of context": _time(1000 * decode.per_context_token_s),
         "device to host": _link(cost.device_to_host),
         "host to device": _link(cost.host_to_device),
         "disk write": _link(cost.disk_write) + disk,

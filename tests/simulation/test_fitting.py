@@ -8,6 +8,7 @@ import pytest
 
 from bench.sim_error import COMPARED, Compared, chats, simulated, together
 from jserve.cache.cost import DecodeCost, PrefillCost
+from jserve.calibrate import measure_steps
 from jserve.config import RunnerConfig
 from jserve.engine import Engine
 from jserve.errors import ConfigError
@@ -82,6 +83,21 @@ def test_disturbed_steps_do_not_move_the_fit() -> None:
     noisy = [replace(s, seconds=8 * s.seconds) if i % 11 == 0 else s for i, s in enumerate(samples)]
     (_, calm, _), (_, disturbed, _) = fit_steps(samples), fit_steps(noisy)
     assert disturbed.seconds(4, 1000) == pytest.approx(calm.seconds(4, 1000), rel=0.02)
+
+
+def test_calibration_finds_what_steps_take_by_tokens_sequences_and_context() -> None:
+    of = machine()
+    for overlap in (False, True):
+        engine, _ = build(replace(of, config=replace(of.config, runner=RunnerConfig(overlap=overlap))))
+        start_s = engine.clock.now()
+        prefill, decode = measure_steps(engine)
+        true_prefill, true_decode = TRUTH
+        assert prefill.seconds(500) == pytest.approx(true_prefill.seconds(500), rel=0.1)
+        assert decode.per_sequence_s == pytest.approx(true_decode.per_sequence_s, rel=0.05)
+        assert decode.per_context_token_s == pytest.approx(true_decode.per_context_token_s, rel=0.1)
+        assert decode.seconds(4, 1000) == pytest.approx(true_decode.seconds(4, 1000), rel=0.02)
+        assert engine.clock.now() - start_s < 20, "a few seconds on a laptop that computes 600 tokens a second"
+        assert not engine.has_work
 
 
 def test_too_little_work_is_told() -> None:

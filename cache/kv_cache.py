@@ -109,6 +109,29 @@ class KVCache:
         shared = sum(block is not None and refs(block) > theirs[block] for block in found)
         return self.blocks_for(len(token_ids)) - shared + spare <= self.pool.num_free + freed
 
+    def needless(
+        self, table: BlockTable, token_ids: list[int], spare: int, released: Iterable[BlockTable], last: BlockTable
+    ) -> list[bool]:
+        """Of tables whose release together with `last`'s lets `admit` succeed: whether each need not be released after
+        all, if those before it that need not are not. Counts each block once or twice, however many tables there are.
+        """
+        tables = list(released)
+        theirs = Counter(block for other in (*tables, last) for block in other.blocks)
+        refs = self.pool.ref_count
+        found = {block for block in self._find_without(table, token_ids, theirs) if block is not None}
+        freed = sum(refs(block) == count for block, count in theirs.items())
+        shared = sum(refs(block) > theirs[block] for block in found)
+        surplus = self.pool.num_free + freed - (self.blocks_for(len(token_ids)) - shared + spare)
+        needless = []
+        for other in tables:
+            # What would not come free, but for what the newcomer would share then.
+            loss = sum(refs(block) == theirs[block] and block not in found for block in other.blocks)
+            needless.append(loss <= surplus)
+            if loss <= surplus:
+                surplus -= loss
+                theirs.subtract(other.blocks)
+        return needless
+
     def kept(self, table: BlockTable, token_ids: list[int]) -> Kept:
         """Where its KV is, whatever will be restored of it. For people: it uses nothing."""
         return Kept(self.num_found(table, token_ids) * self.block_size)

@@ -41,12 +41,13 @@ def victims(state: State, sequence: Sequence, spare: int) -> list[Sequence] | No
             high = middle
         else:
             low = middle + 1
-    chosen = behind[:low]
-    for spared in chosen[-2::-1]:  # with the last one, some before it may not be needed any more
-        fewer = [other for other in chosen if other is not spared]
-        if enough(fewer):
-            chosen = fewer
-    return chosen
+    # With the last one, some before it may not be needed any more.
+    *others, last = chosen = behind[:low]
+    others.reverse()
+    tables = [other.table for other in others]
+    needless = state.cache.needless(sequence.table, sequence.tokens, spare, tables, last.table)
+    spared = {other for other, is_needless in zip(others, needless, strict=True) if is_needless}
+    return [victim for victim in chosen if victim not in spared]
 
 
 def preempt(state: State, victim: Sequence, by: Sequence) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from simulation import Arrival, events_of, make_engine, play, request, workload
 
 from jserve.engine import Engine
+from jserve.sched import filling
 from jserve.sched.plan import StepPlan
 from jserve.sched.scheduler import Scheduler
-from jserve.sched.sequence import Phase
+from jserve.sched.sequence import Phase, Sequence
+from jserve.sched.state import State
 
 
 def tokens(count: int) -> list[int]:
@@ -278,3 +281,30 @@ def test_the_same_workload_gives_the_same_decisions(world: dict[str, Any], seed:
     first, second = (play(make_engine(**world), arrivals) for _ in range(2))
     assert first.events == second.events
     assert first.token_steps == second.token_steps
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORLDS, SEEDS, st.integers(2, 20))
+def test_whoever_yields_for_another_is_needed_and_together_they_are_enough(
+    world: dict[str, Any], seed: int, requests: int
+) -> None:
+    engine = make_engine(**world, reuse=True)
+    state, chosen = engine.scheduler.state, filling.victims
+
+    def checked(state: State, sequence: Sequence, spare: int) -> list[Sequence] | None:
+        yielding = chosen(state, sequence, spare)
+        for left_out in [None, *(yielding or [])[:-1]]:
+            tables = [s.table for s in yielding or [] if s is not left_out]
+            fits = state.cache.fits(sequence.table, sequence.tokens, spare, tables)
+            assert fits == (left_out is None and yielding is not None)
+        return yielding
+
+    rng = random.Random(seed)
+    arrivals = arrivals_for(world, seed, requests)
+    for arrival in arrivals:  # half of them begin alike
+        if rng.random() < 0.5:
+            arrival.request.token_ids[: len(arrival.request.token_ids)] = tokens(len(arrival.request.token_ids))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling, "victims", checked)
+        play(engine, arrivals)
+    assert not state.running.holders

@@ -30,6 +30,7 @@ class ReadAhead:
 
     def __init__(self, tiers: Tiers, staging: StagingRegion, seconds: float) -> None:
         self.tiers, self.staging, self.seconds = tiers, staging, seconds
+        self.margin, self.margin_s = MARGIN, MARGIN_S
         self._read_for: dict[bytes, Sleep] = {}
         """Of blocks on the host, or on their way there."""
         tiers.host.on_leave = self._left
@@ -77,7 +78,9 @@ class ReadAhead:
         if self.tiers.host.has_blank:
             return True
         now_s, victim_due_s = self.tiers.now_s, self.tiers.host.victim_due_s()
-        return victim_due_s is not None and abs(victim_due_s - now_s) > MARGIN * sleep.distance_s(now_s) + MARGIN_S
+        if victim_due_s is None:
+            return False
+        return abs(victim_due_s - now_s) > self.margin * sleep.distance_s(now_s) + self.margin_s
 
     def _read(self, sleep: Sleep, i: int) -> bool:
         tiers, key, parent = self.tiers, sleep.keys[i], sleep.keys[i - 1] if i else None

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from jserve import checkpoints, tiers
-from jserve.cache import read_ahead
 from jserve.cache.cost import CostModel, DecodeCost, LinkCost, PrefillCost, Strategy, by_cost
 from jserve.cache.hierarchy import TieredCache
 from jserve.cache.returns import GapModel
@@ -139,10 +138,9 @@ def test_what_is_read_ahead_has_the_same_tokens(
     """Predictions are thrown at random here, so that much is read and much of it for nothing."""
     rng = random.Random(5)
     monkeypatch.setattr(GapModel, "gap_s", lambda model, tokens: 0.2 * rng.random())
-    monkeypatch.setattr(read_ahead, "MARGIN", 1.0)
-    monkeypatch.setattr(read_ahead, "MARGIN_S", 0.0)
     engine = make_engine(device=24, host=26, directory=tmp_path)
     tiers = tiers_of(engine).tiers
+    tiers_of(engine).ahead.margin, tiers_of(engine).ahead.margin_s = 1.0, 0.0
 
     def pause() -> None:
         for _ in range(5):

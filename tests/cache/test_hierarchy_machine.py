@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tiers_world import BLOCK, VOCAB, World, with_gaps
 
-from jserve.cache.returns import ENOUGH
+from jserve.cache.returns import GapModel
 from jserve.cache.transfer import Completion
 from jserve.config import SchedConfig
 from jserve.simulated import expected_tokens
@@ -22,6 +22,17 @@ NEVER = 1e9
 KINDS = ("store", "load", "read", "write")
 CHATS, FIRST, LONGEST = 7, 18, 44
 """Conversations, tokens of a first prompt, and of the longest with its answer: 11 blocks."""
+
+
+class Guesses(GapModel):
+    """Predictions at random, so that much is read ahead, and much of it for nothing."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self.rng = rng
+
+    def gap_s(self, answer_tokens: int) -> float:
+        return self.rng.choice([0.0, 0.05, 5.0, 100.0]) * self.rng.random()
 
 
 class Hierarchy(RuleBasedStateMachine):
@@ -64,9 +75,9 @@ class Hierarchy(RuleBasedStateMachine):
             read_ahead_s=ahead,
             sched=SchedConfig(max_running=running, token_budget=16, order=order, preempt=preempt),
         )
-        if ahead:  # else so few conversations would never be predicted to return
-            for i in range(2 * ENOUGH):
-                self.world.cache.tiers.returns.model.observe(i % 9, self.random.random() + i % 9)
+        if ahead:
+            self.world.cache.tiers.returns.model = Guesses(self.random)
+            self.world.cache.ahead.margin, self.world.cache.ahead.margin_s = 1.0, 0.0
         self.told: list[Completion] = []
         self.poll = self.world.transfer.poll
         self.world.transfer.poll = self.repeated  # type: ignore[method-assign]
@@ -111,9 +122,11 @@ class Hierarchy(RuleBasedStateMachine):
     def abort(self, which: int) -> None:
         self.world.engine.abort(str(which % len(self.prompts)))
 
-    @rule(seconds=st.sampled_from([0.01, 0.2, 5.0, 100.0]))
+    @rule(seconds=st.sampled_from([0.01, 0.1, 0.2, 5.0, 100.0]))
     def sleep(self, seconds: float) -> None:
-        self.world.clock.wait(seconds)
+        for _ in range(5):
+            self.world.clock.wait(seconds / 5)
+            self.world.cache.poll(self.world.clock.now())
 
     @rule(kind=st.sampled_from(KINDS), delay_s=st.sampled_from([0.0, 0.01, 0.15]))
     def delay(self, kind: str, delay_s: float) -> None:

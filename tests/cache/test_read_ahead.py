@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from tiers_world import BLOCK, VOCAB, World, instant, make_cost, prompt_of
 
 from jserve.cache.disk_tier import DiskTier
@@ -11,7 +12,7 @@ from jserve.cache.host_tier import HostTier
 from jserve.cache.prefix_index import PrefixIndex
 from jserve.cache.read_ahead import MARGIN, MARGIN_S, ReadAhead
 from jserve.cache.restore import Read
-from jserve.cache.returns import ENOUGH
+from jserve.cache.returns import ENOUGH, GapModel
 from jserve.cache.staging import StagingRegion
 from jserve.cache.tiers import Tiers
 from jserve.simulated import SimulatedClock, SimulatedExecutor, SimulatedTransfer
@@ -224,6 +225,42 @@ def test_a_read_ahead_that_never_ends_is_given_up() -> None:
     assert world.cache.tier_stats.failed_reads > 0
     world.run()
     world.check_nothing_is_held()
+
+
+class Guesses(GapModel):
+    """Predictions at random, so that much is read ahead, and much of it for nothing."""
+
+    rng = random.Random(0)
+
+    def gap_s(self, answer_tokens: int) -> float:
+        return 40 * self.rng.random()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_fails_while_much_is_read_ahead_nobody_is_told_a_wrong_token(seed: int) -> None:
+    rng = random.Random(seed)
+    broken: set[str] = set()
+    slow_s = {kind: rng.choice([0.0, 0.003, 0.03, 0.3]) for kind in ("store", "load", "read", "write")}
+    world = World(
+        device=12,
+        host=rng.choice([14, 20, 40]),
+        disk_blocks=rng.choice([40, 400]),
+        eviction=rng.choice(["lru", "fifo", "returns"]),
+        read_ahead_s=rng.choice([1e-6, 1.0]),
+        wait_limit_s=0.1,
+        copy_s=lambda kind, blocks: slow_s[kind] * rng.random(),
+        fails=lambda kind: kind in broken and rng.random() < 0.5,
+    )
+    world.cache.tiers.returns.model = Guesses()
+    world.cache.ahead.margin, world.cache.ahead.margin_s = 1.0, 0.0
+    for phase in range(4):
+        talk(world, chats=9, turns=30, seed=phase)
+        for key in [key for key in world.transfer.disk if rng.random() < 0.1]:
+            del world.transfer.disk[key]
+        broken ^= {rng.choice(["store", "load", "read", "write"])}
+    world.run()
+    world.check_nothing_is_held()
+    assert world.cache.tier_stats.read_ahead_blocks > 0
 
 
 def test_an_engine_that_closes_reads_nothing_ahead() -> None:

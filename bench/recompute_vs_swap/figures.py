@@ -40,7 +40,9 @@ def draw(document: Mapping[str, Any], directory: Path) -> list[Path]:
         "figure3-evicted-tokens": lambda figure: _evicted_tokens(figure, sweeps["evicted_tokens"]),
         "figure4-sequence-length": lambda figure: _bars(figure, [sweeps["requests_and_length"]]),
         "figure5-kv-memory": lambda figure: _bars(figure, [sweeps["kv_memory_zipf"], sweeps["kv_memory_sharegpt"]]),
-        "figure6-over-time": lambda figure: _over_time(figure, "simulated", document["config"]["over_time"]),
+        "figure6-over-time": lambda figure: _over_time(
+            figure, f"simulated: {_published_memory()}", document["config"]["over_time"]
+        ),
         "models": lambda figure: _bars(figure, [sweeps["models"]]),
         "mixed-lengths": lambda figure: _bars(figure, [sweeps["mixed"]]),
     }
@@ -60,10 +62,12 @@ def draw_real(document: Mapping[str, Any], beside: Mapping[str, Any], directory:
             figure, sweeps["evicted_tokens"], a100["evicted_tokens"]
         ),
         "figure4-sequence-length": lambda figure: _bars(
-            figure, [sweeps["requests_and_length"], a100["requests_and_length"]]
+            figure, [sweeps["requests_and_length"], a100["requests_and_length"]], measured=1
         ),
-        "figure5-kv-memory": lambda figure: _bars(figure, [*memory, a100["kv_memory_zipf"]]),
-        "figure6-over-time": lambda figure: _over_time(figure, said["model"], said["over_time"]),
+        "figure5-kv-memory": lambda figure: _bars(figure, [*memory, a100["kv_memory_zipf"]], measured=len(memory)),
+        "figure6-over-time": lambda figure: _over_time(
+            figure, f"{said['model']}: Zipf lengths, {sweeps['kv_memory_zipf']['x'][0]} tokens of KV", said["over_time"]
+        ),
     }
     told = f"Left: {said['model']}, {said['backend']}, measured. {SAID}"
     return _save(figures, "recompute_vs_swap-real", told, directory)
@@ -141,9 +145,11 @@ def _lines(axes: Any, sweep: Mapping[str, Any], names: Sequence[str]) -> None:
     axes.grid(True, alpha=0.2)
 
 
-def _bars(figure: Any, sweeps: Sequence[Mapping[str, Any]]) -> None:
-    """A group for each x: recompute, swap, auto, with the published value as a dot on its bar."""
-    for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
+def _bars(figure: Any, sweeps: Sequence[Mapping[str, Any]], measured: int = 0) -> None:
+    """A group for each x: recompute, swap, auto, with the published value as a dot on its bar. The first `measured` are
+    times of the real engine.
+    """
+    for n, (axes, sweep) in enumerate(zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True)):
         places = range(len(sweep["x"]))
         for i, name in enumerate(WAYS):
             x = [place + (i - 1) * 0.27 for place in places]
@@ -151,8 +157,10 @@ def _bars(figure: Any, sweeps: Sequence[Mapping[str, Any]]) -> None:
             if there := sweep["curves"].get(f"{name}_published"):
                 label = "published" if name == "recompute" else None
                 axes.plot(x, there, "o", color="black", markersize=4, label=label)
-        axes.set(xlabel=sweep["x_label"], ylabel="seconds")
-        axes.set_title(sweep["title"], fontsize=7)
+        axes.set(
+            xlabel=sweep["x_label"], ylabel="seconds of overhead" if n >= measured else "seconds to the last token"
+        )
+        axes.set_title(sweep["title"].partition(":")[0], fontsize=9 if len(sweeps) < 3 else 7)
         axes.set_xticks(places, [str(x) for x in sweep["x"]], rotation=60 if len(places) > 8 else 0)
         axes.legend(fontsize="small")
         axes.grid(True, axis="y", alpha=0.2)
@@ -175,15 +183,19 @@ def _shares(figure: Any, sweeps: Sequence[Mapping[str, Any]]) -> None:
         axes.grid(True, alpha=0.2)
 
 
-def _over_time(figure: Any, name: str, runs: Mapping[str, Curves]) -> None:
-    """How full the device is and how fast it goes, in the runs of this name and as published."""
+def _published_memory() -> str:
+    return f"Zipf lengths, {published()['over_time']['kv_gb']} GB for KV"
+
+
+def _over_time(figure: Any, title: str, runs: Mapping[str, Curves]) -> None:
+    """How full the device is and how fast it goes, in the runs of this title and as published."""
     rows = figure.subplots(2, 2, sharex="col", sharey="row")
     there = {name: published()["over_time"][name] for name in ("recompute", "swap")}
-    for column, (title, series) in enumerate(((name, runs), ("published", there))):
+    for column, (said, series) in enumerate(((title, runs), (f"published: {_published_memory()}", there))):
         for way, curves in series.items():
             rows[0][column].plot(curves["time_s"], curves["kv_usage_percent"], color=COLORS[way], label=_label(way))
             rows[1][column].plot(curves["time_s"], curves["tokens_per_s"], color=COLORS[way], label=_label(way))
-        rows[0][column].set_title(f"{title}: Zipf lengths, the least memory")
+        rows[0][column].set_title(said)
         rows[1][column].set(xlabel="seconds", yscale="log")
         for axes in (rows[0][column], rows[1][column]):
             axes.grid(True, alpha=0.2)

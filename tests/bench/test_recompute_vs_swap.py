@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+import jax
+import numpy as np
 import pytest
 
-from bench.recompute_vs_swap import simulated
+from bench.recompute_vs_swap import copying, simulated
 from bench.recompute_vs_swap.__main__ import main
 from bench.recompute_vs_swap.crowds import Crowd, Point, kv_memory, overhead, served
 from bench.recompute_vs_swap.figures import draw, draw_real
@@ -21,13 +24,17 @@ from bench.recompute_vs_swap.scene import give_way, pool_blocks
 from bench.recompute_vs_swap.simulation import Request, Way, as_poster, fixed, over_time, zipf
 from bench.recompute_vs_swap.sweeps import Sweep, block_size, evicted_tokens, parity_block_size, parity_exact
 from bench.recompute_vs_swap.turns import curves_of, in_turns
-from jserve.config import EngineConfig, SchedConfig
+from jserve import checkpoints
+from jserve.config import CacheConfig, EngineConfig, RunnerConfig, SchedConfig
 from jserve.doors import EngineInfo
 from jserve.engine import Engine
 from jserve.errors import JserveError
+from jserve.progress import SilentProgress
+from jserve.runner import Runner, make_mesh
 from jserve.simulated import SimulatedClock, SimulatedExecutor, expected_tokens
 
 LLAMA = model_named("llama-2-7b")
+MODEL = Path(__file__).parents[1] / "fixtures" / "models" / "llama2_gqa"
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +245,29 @@ def test_a_short_run_is_a_part_of_the_whole() -> None:
         assert set(short.evicted) < set(sizes.evicted)
         assert short.block_sizes == (2, 64)
         assert short.lengths.items() < sizes.lengths.items()
+
+
+@pytest.mark.parametrize("copy", [copying.pinned, copying.pageable])
+def test_copies_are_timed_and_change_nothing(copy: Callable[[Runner, int], copying.Copied]) -> None:
+    mesh = make_mesh(1)
+    loaded = checkpoints.load(MODEL, mesh=mesh, dtype=np.float32)
+    config = EngineConfig(
+        cache=CacheConfig(block_size=4, device_blocks=24, host_gib=1.0),
+        sched=SchedConfig(max_running=4, token_budget=8),
+        runner=RunnerConfig(token_buckets=(8,), warmup=False),
+    )
+    runner = Runner(config, loaded.model, loaded.spec, loaded.name, mesh, SilentProgress())
+    rng = np.random.default_rng(0)
+    for pools in (runner._k, runner._v):
+        for i, pool in enumerate(pools):
+            pools[i] = jax.device_put(rng.normal(size=pool.shape).astype(np.float32), pool.sharding)
+    before = [np.array(array) for array in runner._k + runner._v]
+    copied = copy(runner, 20)
+    assert copied.out_s > 0
+    assert copied.in_s > 0
+    for was, array in zip(before, runner._k + runner._v, strict=True):
+        np.testing.assert_array_equal(was, np.asarray(array))
+    runner.close()
 
 
 def test_what_was_measured_is_drawn_beside_the_simulated(document: dict, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+import jax
+
 from bench.noise import Noise
 from bench.recompute_vs_swap import real_crowds, real_returns
 from bench.recompute_vs_swap.real_crowds import PlayedWays, Point, play_each_way, same_tokens, sharegpt_like
@@ -30,8 +32,6 @@ SAME_MEMORY = (
     "Pinned or pageable is no question on a CPU: the device's memory is the host's. There is one curve for both."
 )
 NO_SHAREGPT = "C with ShareGPT's lengths is left out: the file of its lengths is not there."
-SMALL_BLOCK = 8
-"""The smallest default block: pools are sized by it."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def _excesses(sweep: Sweep) -> list[tuple[float, float]]:
 def measure(sizes: Sizes, model: str | None, seed: int, progress: Progress) -> Measured:
     """All sweeps. `model`: instead of the shape with random weights."""
     noise = Noise()
-    blocks = max(pool_blocks(max(sizes.evicted), SMALL_BLOCK), max(*sizes.kv_tokens, sizes.crowd_kv_tokens))
+    size, _ = EngineConfig().block_and_budget(jax.default_backend())
+    blocks = max(pool_blocks(max(sizes.evicted), size), max(*sizes.kv_tokens, sizes.crowd_kv_tokens) // size)
     runner, cost = _runner(sizes, model, None, max(*sizes.counts, sizes.kv_requests), blocks, progress)
     try:
         found = Measured(runner.info.model, runner.info.backend, cost)

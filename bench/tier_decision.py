@@ -41,6 +41,8 @@ COST = CostModel(
 class Nowhere:
     """A Transfer door behind which reads end at once and nothing else does."""
 
+    in_turn = False
+
     def __init__(self) -> None:
         self._read: list[int] = []
 

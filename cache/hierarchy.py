@@ -455,11 +455,19 @@ class TieredCache(KVCache):
             self._give_up_waiting(restore)
         late_s = self.tiers.now_s - self.wait_limit_s
         for ticket in [t for t, operation in self.tiers.under_way.items() if operation.start_s <= late_s]:
-            if ticket in self.tiers.under_way:  # else nobody needs it any more, now that another is given up
-                self._give_up(self.tiers.cancel(ticket))
+            operation = self.tiers.under_way.get(ticket)
+            if operation is None or not self._may_be_late(operation):
+                continue  # nobody needs it any more, now that another is given up; or it only waits for its turn
+            self._give_up(self.tiers.cancel(ticket))
         for gap in [gap for gap in self.gaps.open if self.tiers.now_s >= gap.deadline_s]:
             self.tier_stats.expired_waits += 1
             self.gaps.expire(gap)
+
+    def _may_be_late(self, operation: Operation) -> bool:
+        """Whether something is wrong, or somebody waits."""
+        if not self.tiers.transfer.in_turn or isinstance(operation, Read | Write | GapRead):
+            return True
+        return isinstance(operation, Load) and operation.restore.loaded is None
 
     def _give_up(self, operation: Operation) -> None:
         """What hangs must not keep slots or pins, nor make every later request wait for it."""
@@ -468,7 +476,8 @@ class TieredCache(KVCache):
                 self.stores.give_up(operation)
             case Load():
                 self._unpin(operation)
-                self.tiers.count_failed_load(LATE)
+                if not self.tiers.transfer.in_turn:
+                    self.tiers.count_failed_load(LATE)
                 self.tier_stats.expired_waits += operation.restore.loaded is None
                 operation.restore.loaded = bool(operation.restore.loaded)
             case Read():

@@ -43,6 +43,10 @@ class Transfer(Protocol):
     The caller keeps a source alone until the operation has ended, and a destination too; or until `cancel`.
     """
 
+    in_turn: bool
+    """Whether copies between device and host have their turn among the steps. Then they are as late as these, and no
+    link can hang."""
+
     def store(self, ticket: int, blocks: list[int], host_slots: list[int]) -> None:
         """Device to host. The device blocks may be overwritten by later steps at once."""
 

@@ -156,8 +156,10 @@ class SimulatedTransfer:
         disk: dict[bytes, list[int]] | None = None,
         fails: Callable[[str], bool] = lambda kind: False,
         orders_loads: bool = False,
+        in_turn: bool = False,
     ) -> None:
         self.clock = clock
+        self.in_turn = in_turn
         self.orders_loads = orders_loads
         self.host = [[0] * executor.block_size for _ in range(host_slots)]
         self.disk: dict[bytes, list[int]] = {} if disk is None else disk

@@ -25,6 +25,7 @@ class JaxTransfer:
     def __init__(self, runner: Runner, disk: DiskStore | None = None) -> None:
         self._runner, self._disk = runner, disk
         self._slots = host_slots(runner)
+        self.in_turn = runner.copies_directly
         self._copies: dict[int, Copy] = {}
         self._disk_slots: dict[int, tuple[int, Bytes | None]] = {}  # by ticket: slot, and the buffer of a read
         self._put_off: list[tuple[int, bytes, int]] = []  # reads whose slot is not free yet

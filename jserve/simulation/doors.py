@@ -175,6 +175,8 @@ class _Copy:
 class TimedTransfer:
     """Copies that take their time: a queue each way on the link, and one each for reading and writing on disk."""
 
+    in_turn = False
+
     def __init__(self, clock: TimedClock, cost: CostModel) -> None:
         self._clock, self._block_bytes, self._blocks_per_copy = clock, cost.block_bytes, cost.blocks_per_copy
         self._out, self._in = _Link(cost.device_to_host), _Link(cost.host_to_device)

@@ -321,6 +321,24 @@ def test_a_link_that_hangs_costs_one_request_its_time_and_recovers(kind: str) ->
     world.check_nothing_is_held()
 
 
+@pytest.mark.parametrize("orders_loads", [False, True])
+def test_copies_that_have_their_turn_among_slow_steps_are_no_fault_of_the_link(orders_loads: bool) -> None:
+    world = World(
+        disk_blocks=None,
+        in_turn=True,
+        orders_loads=orders_loads,
+        copy_s=lambda kind, blocks: 3.0 if kind == "store" or orders_loads else 0.0,
+        wait_limit_s=2.0,
+    )
+    first = world.ask("first", prompt_of(0, 30))
+    world.ask("flood", prompt_of(1, 40))
+    world.ask("again", first)
+    assert world.cached["again"] == 32
+    stats = world.cache.stats()
+    assert stats["failed_stores"] == stats["failed_loads"] == stats["host_faults"] == 0
+    world.check_nothing_is_held()
+
+
 def test_a_load_that_nobody_waits_for_and_that_hangs_keeps_no_source() -> None:
     slow = {"load": 1e9}
     world = World(

@@ -19,6 +19,8 @@ from jserve.cache.transfer import Completion
 class OneByOne:
     """A disk that reads a block in the time that the cost model says, one after the other."""
 
+    in_turn = False
+
     def __init__(self) -> None:
         self.queue: list[int] = []
 

@@ -63,6 +63,7 @@ class World:
         store_budget: int = 16,
         device_reuse: bool = True,
         orders_loads: bool = False,
+        in_turn: bool = False,
         read_ahead_s: float = 0.0,
         sched: SchedConfig | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ class World:
         self.notes: list[str] = []
         executor = SimulatedExecutor(self.clock, device, BLOCK, VOCAB)
         self.transfer = SimulatedTransfer(
-            self.clock, executor, host, copy_s, disk=disk, fails=fails, orders_loads=orders_loads
+            self.clock, executor, host, copy_s, disk=disk, fails=fails, orders_loads=orders_loads, in_turn=in_turn
         )
         self.cache = TieredCache(
             device,

@@ -1,8 +1,13 @@
 """The blocks of the device pool: who holds each, and which may be taken.
 
 A block is *held* (reference count above zero), *reclaimable* (held by nobody, but its KV can still be found) or
-*blank*. Reclaimable blocks count as free: taking one is a metadata operation, oldest release first (FlashGen §3.2,
-with least-recently-used instead of first-in-first-out order).
+*blank*. Reclaimable blocks count as free: taking one is a metadata operation.
+
+They are taken in the order in which the requests that held them completed, and those of one request from its tail on:
+FlashGen's FIFO of completed KV (§3.2). A block that a later request finds leaves that order, and joins it again at the
+end when that request completes. So here first in, first out and least recently used are one order, and there is nothing
+to choose. Below the device they differ, since blocks stay in their tier while they are used: LRU, FIFO, look-ahead and
+what else there is are strategies of one contract there (`eviction`).
 """
 
 from __future__ import annotations

@@ -250,3 +250,22 @@ def test_fits_tells_what_would_be_once_others_had_let_go() -> None:
     assert not cache.fits(d, alike, spare=1)
     assert cache.fits(d, alike, spare=2, without=[a, b])
     assert not cache.fits(d, alike, spare=3, without=[a, b]), "what it shares with them is not freed for it as well"
+
+
+def test_the_device_takes_blocks_in_the_order_in_which_requests_completed() -> None:
+    cache = KVCache(num_blocks=6, block_size=4)
+    prompts = [[i] * 9 for i in range(3)]  # two full blocks and one more each
+    tables = [BlockTable(root_key("salt")) for _ in prompts]
+    for table, prompt in zip(tables[:2], prompts[:2], strict=True):
+        assert cache.admit(table, prompt) is not None
+        cache.publish(table, prompt, 9)
+    first, second = list(tables[0].blocks[:2]), list(tables[1].blocks[:2])
+    cache.release(tables[1])  # the one that came later completes first
+    cache.release(tables[0])
+    again = BlockTable(root_key("salt"))
+    assert cache.admit(again, prompts[1]) is not None  # it is used again,
+    assert again.blocks[:2] == second
+    cache.release(again)  # and is now the one that completed last
+    taken = cache.pool.allocate(6)
+    assert taken is not None
+    assert [block for block in taken if block in {*first, *second}] == [*reversed(first), *reversed(second)]

@@ -10,6 +10,7 @@ import pytest
 from tiers_world import BLOCK, VOCAB, World, prompt_of, with_gaps
 
 from jserve.cache.cost import CostModel, Reach, RestorePlan, Strategy, always_load, never_load
+from jserve.cache.staging import READS_IN_FLIGHT
 from jserve.config import SchedConfig
 from jserve.sched.sequence import Phase
 from jserve.simulated import expected_tokens
@@ -281,6 +282,7 @@ def test_random_gaps_never_say_a_wrong_token() -> None:
                 world.add(f"{turn}.{i}", list(chat), 3)
                 for _ in range(rng.randrange(4)):
                     world.step()
+                    world.check_books()
             if rng.random() < 0.3:
                 world.engine.abort(f"{turn}.{rng.randrange(4)}")
             world.run()
@@ -291,3 +293,75 @@ def test_random_gaps_never_say_a_wrong_token() -> None:
             world.check_nothing_is_held()
         closed += world.cache.tier_stats.closed_gaps
     assert closed > 100
+
+
+def test_a_copy_for_a_gap_that_is_gone_lands_in_nobodys_block() -> None:
+    world = world_with("disk", gap_at(4), lambda kind, blocks: 0.05 if kind == "load" else 0.0, device=32)
+    world.add("again", PROMPT)
+    while not (world.cache.gaps.open and next(iter(world.cache.gaps.open)).load_ticket):
+        world.step()
+    world.engine.abort("again")
+    world.ask("next", prompt_of(5, 110), 14)  # in the blocks that were copied into, while the copy would have ended
+
+
+def test_the_sources_of_a_copy_in_turn_are_kept_when_the_gap_is_closed() -> None:
+    slow = {"load": 0.5}
+    world = world_with("host", gap_at(8), lambda kind, blocks: slow.get(kind, 0.0), orders_loads=True)
+    world.add("again", PROMPT)
+    while not world.said["again"]:
+        world.step()
+    assert not world.cache.gaps.open
+    assert all(world.cache.host.is_pinned(key) for key in world_keys(world)[8:BLOCKS])
+    world.run()
+    world.check_nothing_is_held()
+
+
+def test_a_part_that_is_computed_after_all_is_not_counted_as_brought() -> None:
+    # Blocks 8 to 14 are on the host, and their copy is slow; of those on disk, the 20th is missing.
+    def copy_s(kind: str, blocks: int) -> float:
+        return {"load": 0.02 * blocks, "read": 0.004 * world.random.random()}.get(kind, 0.0)
+
+    for seed in range(20):
+        world = world_with("disk", never_load)
+        keys = world_keys(world)
+        world.cache.strategy = gap_at(8, front=0)
+        world.random = random.Random(seed)  # type: ignore[attr-defined]
+        for i, key in enumerate(keys[:15]):
+            slot = world.cache.host.reserve(key, keys[i - 1] if i else None)
+            assert slot is not None
+            world.transfer.host[slot] = list(world.transfer.disk[key])
+            world.cache.host.fill(key, write_back=False)
+        world.transfer._copy_s = copy_s
+        del world.transfer.disk[keys[20]]
+        world.ask("again", PROMPT)
+        assert world.cached["again"] == 9 * BLOCK
+        world.check_nothing_is_held()
+
+
+def test_reads_that_never_have_their_turn_are_not_waited_for_either() -> None:
+    # Each read has time, but there are more of them than may be under way at once.
+    world = world_with("disk", gap_at(4), lambda kind, blocks: 1.5 if kind == "read" else 0.0, wait_limit_s=2.0)
+    assert first_token_s(world) < 2.3
+    world.run()
+    assert world.cached["again"] == READS_IN_FLIGHT * BLOCK
+    assert world.cache.tier_stats.failed_reads == 0
+    world.check_nothing_is_held()
+
+
+def test_a_block_that_is_on_its_way_to_the_host_is_waited_for() -> None:
+    world = world_with("disk", never_load)
+    keys, host = world_keys(world), world.cache.host
+    world.cache.strategy = gap_at(8, front=0)
+    slots = [host.reserve(key, keys[i - 1] if i else None) for i, key in enumerate(keys[:15])]
+    world.add("again", PROMPT)
+    for _ in range(8):
+        world.step()
+    assert not world.said["again"]
+    for key, slot in zip(keys, slots, strict=False):
+        assert slot is not None
+        world.transfer.host[slot] = list(world.transfer.disk[key])
+        host.fill(key, write_back=False)
+    world.run()
+    assert world.said["again"] == expected_tokens(PROMPT, 4, VOCAB)
+    assert world.cached["again"] == (BLOCKS - 8) * BLOCK
+    world.check_nothing_is_held()

@@ -355,6 +355,41 @@ def test_a_load_that_nobody_waits_for_and_that_hangs_keeps_no_source() -> None:
     world.check_nothing_is_held()
 
 
+def test_a_link_that_fails_while_a_request_waits_is_not_used_for_it() -> None:
+    swapped = Swapped()
+    swapped.cache.swap_out(swapped.table)
+    swapped.overwrite_the_device()
+    swapped.poll()
+    swapped.cache.tiers.fault(swapped.cache.host, swapped.cache.host.reading, "read", "it failed")
+    assert swapped.cache.is_ready(swapped.table)
+    assert swapped.admit() == []
+    swapped.cache.release(swapped.table)
+    swapped.world.check_nothing_is_held()
+
+
+def test_while_the_link_has_failed_nothing_is_decided_to_come_over_it_nor_read_from_disk() -> None:
+    world = World(host=14)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    before = world.cache.tier_stats.stage_decisions, world.cache.tier_stats.read_blocks
+    world.cache.tiers.fault(world.cache.host, world.cache.host.reading, "read", "it failed")
+    world.ask("again", first)
+    assert world.cached["again"] == 0
+    assert (world.cache.tier_stats.stage_decisions, world.cache.tier_stats.read_blocks) == before
+
+
+def test_a_link_that_fails_again_and_again_is_told_of_once_and_tried_less_and_less() -> None:
+    world = World(disk_blocks=None, fails=lambda kind: kind == "store")
+    for i in range(40):
+        world.ask(str(i), prompt_of(i, 20))
+        world.clock.wait(1.0)
+    stats = world.cache.stats()
+    assert len(world.notes) == 1
+    assert 3 <= stats["host_faults"] == stats["failed_stores"] <= 7
+    assert not stats["host_is_written"]
+
+
 def test_nothing_is_swapped_over_a_link_that_has_just_failed() -> None:
     swapped = Swapped()
     swapped.cache.tiers.fault(swapped.cache.host, swapped.cache.host.writing, "written", "it failed")
@@ -494,6 +529,40 @@ def test_what_the_host_had_no_slot_for_is_stored_when_it_is_used_again() -> None
     world.ask("flood", prompt_of(1, 155))  # takes all of the device
     world.ask("from the host", again)
     assert world.cache.tier_stats.host_hit_tokens >= 32
+
+
+def test_a_block_whose_parent_is_not_on_the_host_is_not_stored_there() -> None:
+    fails = True
+    world = World(disk_blocks=None, device=40, host=100, store_budget=3, fails=lambda kind: kind == "store" and fails)
+    world.add("first", prompt_of(0, 40), 1)
+    while not world.cache.tier_stats.failed_stores:
+        world.step()
+    fails = False
+    world.clock.wait(2.0)
+    world.run()
+    host = world.cache.host
+    assert world.cache.tier_stats.skipped_stores > 0
+    assert all(host.parent(key) is None or host.parent(key) in host for key in host._slot_of)
+
+
+def test_every_run_of_blocks_that_are_loaded_is_kept_until_then() -> None:
+    slow = {"load": 0.5}
+    world = World(disk_blocks=None, device=40, host=100, copy_s=lambda kind, blocks: slow.get(kind, 0.0))
+    first = world.ask("first", prompt_of(0, 40))
+    table = BlockTable(world.engine._root(""))
+    keys = world.cache.kept(table, first) and table.keys
+    device = world.cache.index
+    for i in (1, 2, 5, 6):  # the device forgets these, and has the others
+        block = device.block_of(keys[i])
+        assert block is not None
+        world.cache.pool.blank([block])
+    world.add("again", first)
+    world.step()
+    assert world.cache.host.is_pinned(keys[2])
+    assert world.cache.host.is_pinned(keys[6])
+    world.run()
+    assert world.said["again"] == expected_tokens(first, 4, VOCAB)
+    world.check_nothing_is_held()
 
 
 def test_what_waits_to_be_stored_is_never_more_than_the_device_holds() -> None:

@@ -157,6 +157,7 @@ class Hierarchy(RuleBasedStateMachine):
     def no_tier_holds_more_than_it_may(self) -> None:
         if not hasattr(self, "world"):
             return
+        self.world.check_books()
         cache = self.world.cache
         assert len(cache.host) <= cache.host.num_slots
         assert 0 <= cache.staging.taken <= cache.staging.blocks + cache.host.num_slots

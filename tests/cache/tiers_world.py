@@ -7,6 +7,7 @@ shows as a wrong token.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from jserve.cache.cost import (
 from jserve.cache.disk_tier import DiskTier
 from jserve.cache.hierarchy import TieredCache
 from jserve.cache.host_tier import HostTier
+from jserve.cache.restore import GapLoad, Load, Read, Write
 from jserve.config import EngineConfig, SchedConfig
 from jserve.doors import EngineInfo
 from jserve.engine import Engine
@@ -116,6 +118,37 @@ class World:
         self.run()
         assert self.said[name] == expected_tokens(prompt, max_tokens, VOCAB)
         return prompt + self.said[name]
+
+    def check_books(self) -> None:
+        """Every pin, slot and promise has somebody whose it is."""
+        cache, host, tiers = self.cache, self.cache.host, self.cache.tiers
+        pins = Counter(host._filling)
+        pins.update(r.pin for r in (*tiers.restores, *cache.gaps.open) if r.pin is not None)
+        taken = sum(restore.staging for restore in tiers.restores)
+        taken += sum(gap.num_unread + len(gap.slots) for gap in cache.gaps.open)
+        lent = sum(len(gap.slots) for gap in cache.gaps.open)
+        writing = 0
+        for operation in tiers.under_way.values():
+            match operation:
+                case Load():
+                    pins.update(operation.pins)
+                case GapLoad():
+                    pins.update(operation.pins)
+                    lent += len(operation.slots)
+                    taken += len(operation.slots)
+                case Write():
+                    pins[operation.key] += 1
+                    writing += 1
+                case Read():
+                    taken += operation.restore is not None and operation.restore.ended
+        assert {key: entry.pins for key, entry in host._order._entries.items() if entry.pins} == dict(pins)
+        assert cache.staging.taken == taken
+        assert host.num_borrowed == lent
+        slots = [*host._blank, *host._slot_of.values()]
+        assert len(slots) + lent == host.num_slots
+        assert len(set(slots)) == len(slots)
+        if cache.disk is not None:
+            assert cache.disk._writing == writing
 
     def check_nothing_is_held(self) -> None:
         cache = self.cache

@@ -9,6 +9,7 @@ part of the prefix that is restored: the rest is computed.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -71,12 +72,17 @@ class StagingRegion:
     def step(self) -> None:
         """Start reads, as many as may be under way."""
         room = READS_IN_FLIGHT - self.tiers.in_flight(Read | GapRead)
-        while room > 0 and self.unread:
-            reader = min(self.unread, key=self._turn)
-            if reader.num_unread > 0:
+        if room <= 0 or not self.unread:
+            return
+        turns = [(self._turn(reader), i, reader) for i, reader in enumerate(self.unread)]
+        heapq.heapify(turns)
+        while room > 0 and turns:
+            reader = turns[0][2]  # to be read raises its ratio, so that it stays the first
+            if reader.num_unread > 0 and reader in self.unread:
                 room -= self.unread[reader](reader)
-            if reader.num_unread <= 0:
+            if reader.num_unread <= 0 or reader not in self.unread:
                 self.unread.pop(reader, None)
+                heapq.heappop(turns)
 
     def _turn(self, reader: Restore | Gap) -> tuple[float, float]:
         """The least is read first."""

@@ -19,9 +19,9 @@ from jserve.cache.returns import Sleep
 from jserve.cache.staging import READS_IN_FLIGHT, StagingRegion
 from jserve.cache.tiers import Tiers
 
-MARGIN, MARGIN_S = 2.0, 1.0
-"""The victim's return is farther away than the other's by this factor and this time: the prediction of either may be
-wrong, and a read for nothing costs as much as the one that it was to spare."""
+MARGIN, MARGIN_ERRORS = 2.0, 1.0
+"""The victim's return is farther away than the other's by this factor, and by so many mean errors of the predictions: a
+read for nothing costs as much as the one that it was to spare."""
 
 
 class ReadAhead:
@@ -30,7 +30,7 @@ class ReadAhead:
 
     def __init__(self, tiers: Tiers, staging: StagingRegion, seconds: float) -> None:
         self.tiers, self.staging, self.seconds = tiers, staging, seconds
-        self.margin, self.margin_s = MARGIN, MARGIN_S
+        self.margin, self.margin_errors = MARGIN, MARGIN_ERRORS
         self._read_for: dict[bytes, Sleep] = {}
         """Of blocks on the host, or on their way there."""
         tiers.host.on_leave = self._left
@@ -80,7 +80,8 @@ class ReadAhead:
         now_s, victim_due_s = self.tiers.now_s, self.tiers.host.victim_due_s()
         if victim_due_s is None:
             return False
-        return abs(victim_due_s - now_s) > self.margin * sleep.distance_s(now_s) + self.margin_s
+        least_s = self.margin * sleep.distance_s(now_s) + self.margin_errors * self.tiers.returns.model.error_s
+        return abs(victim_due_s - now_s) > least_s
 
     def _read(self, sleep: Sleep, i: int) -> bool:
         tiers, key, parent = self.tiers, sleep.keys[i], sleep.keys[i - 1] if i else None

@@ -140,7 +140,7 @@ def test_what_is_read_ahead_has_the_same_tokens(
     monkeypatch.setattr(GapModel, "gap_s", lambda model, tokens: 0.2 * rng.random())
     engine = make_engine(device=24, host=26, directory=tmp_path)
     tiers = tiers_of(engine).tiers
-    tiers_of(engine).ahead.margin, tiers_of(engine).ahead.margin_s = 1.0, 0.0
+    tiers_of(engine).ahead.margin, tiers_of(engine).ahead.margin_errors = 1.0, 0.0
 
     def pause() -> None:
         for _ in range(5):

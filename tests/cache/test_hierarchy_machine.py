@@ -77,7 +77,7 @@ class Hierarchy(RuleBasedStateMachine):
         )
         if ahead:
             self.world.cache.tiers.returns.model = Guesses(self.random)
-            self.world.cache.ahead.margin, self.world.cache.ahead.margin_s = 1.0, 0.0
+            self.world.cache.ahead.margin, self.world.cache.ahead.margin_errors = 1.0, 0.0
         self.told: list[Completion] = []
         self.poll = self.world.transfer.poll
         self.world.transfer.poll = self.repeated  # type: ignore[method-assign]

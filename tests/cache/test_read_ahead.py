@@ -10,7 +10,7 @@ from tiers_world import BLOCK, VOCAB, World, instant, make_cost, prompt_of
 from jserve.cache.disk_tier import DiskTier
 from jserve.cache.host_tier import HostTier
 from jserve.cache.prefix_index import PrefixIndex
-from jserve.cache.read_ahead import MARGIN, MARGIN_S, ReadAhead
+from jserve.cache.read_ahead import MARGIN, ReadAhead
 from jserve.cache.restore import Read
 from jserve.cache.returns import ENOUGH, GapModel
 from jserve.cache.staging import StagingRegion
@@ -102,7 +102,18 @@ def test_nothing_is_evicted_for_what_is_hardly_sooner() -> None:
     assert tiers.read(at_s) == []
     while not tiers.read(at_s):
         at_s += 1
-    assert at_s - 60 > MARGIN * (100 - at_s) + MARGIN_S >= at_s - 1 - 60 - MARGIN
+    error_s = tiers.tiers.returns.model.error_s
+    assert at_s - 60 > MARGIN * (100 - at_s) + error_s >= at_s - 1 - 60 - MARGIN
+
+
+def test_the_less_predictions_can_be_trusted_the_less_is_read() -> None:
+    tiers = Sleepers(3)
+    tiers.run(0, 400, 0.0)
+    tiers.run(1, 40, 0.0)
+    tiers.tiers.returns.model.error_s = 341.0
+    assert tiers.read(380.0) == []
+    tiers.tiers.returns.model.error_s = 50.0
+    assert tiers.read(380.0) == chain(0)
 
 
 def test_blank_slots_are_filled_whatever_is_known() -> None:
@@ -252,7 +263,7 @@ def test_whatever_fails_while_much_is_read_ahead_nobody_is_told_a_wrong_token(se
         fails=lambda kind: kind in broken and rng.random() < 0.5,
     )
     world.cache.tiers.returns.model = Guesses()
-    world.cache.ahead.margin, world.cache.ahead.margin_s = 1.0, 0.0
+    world.cache.ahead.margin, world.cache.ahead.margin_errors = 1.0, 0.0
     for phase in range(4):
         talk(world, chats=9, turns=30, seed=phase)
         for key in [key for key in world.transfer.disk if rng.random() < 0.1]:

@@ -342,9 +342,9 @@ class TieredCache(KVCache):
     def _on_published(self, table: BlockTable, i: int) -> None:
         self.stores.add(table, i)
 
-    def write_through(self) -> None:
+    def write_through(self, steps: int = 1) -> None:
         """Copy to the host what the launched steps fill."""
-        self.stores.step()
+        self.stores.step(steps)
 
     def truncate(self, table: BlockTable, num_blocks: int) -> None:
         self.gaps.close(table)  # its blocks are among those given back

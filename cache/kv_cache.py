@@ -284,8 +284,8 @@ class KVCache:
     def poll(self, now_s: float) -> None:
         """Take note of the copies that have ended."""
 
-    def write_through(self) -> None:
-        """What the launched steps fill may be copied away."""
+    def write_through(self, steps: int = 1) -> None:
+        """What the launched plan fills, which spans so many steps, may be copied away."""
 
     @property
     def busy(self) -> bool:

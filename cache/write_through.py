@@ -54,16 +54,16 @@ class WriteThrough:
             if block is not None:
                 self._waiting.append(_source(table, i, block))
 
-    def step(self) -> None:
-        """Copy what is due."""
+    def step(self, steps: int = 1) -> None:
+        """Copy what is due after so many steps."""
         if self.busy and self.tiers.in_flight(Store) < STORES_IN_FLIGHT:
-            self._store(self._due())
+            self._store(self._due(self.budget * steps))
 
-    def _due(self) -> Iterator[Source]:
+    def _due(self, most: int) -> Iterator[Source]:
         """What the budget allows. What has come to the host meanwhile or left the device costs none of it, so that no
         more can wait than the device holds."""
         due = 0
-        while self._waiting and due < self.budget:
+        while self._waiting and due < most:
             key, parent, block = self._waiting.popleft()
             if key in self.tiers.host:
                 continue

@@ -257,7 +257,7 @@ class Engine:
             self.cache.poll(start_s)
         self._launched = self._launch(max_steps)
         with self.executor.phase("stage"):
-            self.cache.write_through()
+            self.cache.write_through(self._launched[0].steps if self._launched is not None else 1)
         if previous is not None:
             outputs += self._commit(*previous)
             self._observe(previous[0])

@@ -67,6 +67,20 @@ def test_planning_many_steps_at_once_changes_no_time_and_no_decision() -> None:
         assert a.end_s == pytest.approx(b.end_s, rel=1e-9)
 
 
+def test_planning_many_steps_at_once_writes_through_as_much() -> None:
+    """When a batch of 64 has decoded 640 tokens each, what it filled has been copied to the host."""
+    sessions = (Session(str(n), (Turn((Segment(n + 1, 16),), 640),)) for n in range(64))
+    cache = replace(TIERED, host_gib=200.0)
+    slow, fast = (
+        simulate(opt(cache, blocks=3000), work, most_steps=most).played.stats_after
+        for work in (closed_loop(Workload("at once", tuple(sessions)), 64),)
+        for most in (1, 64)
+    )
+    assert slow["cache_stored_blocks"] > 2400
+    assert fast["cache_stored_blocks"] > 0.8 * slow["cache_stored_blocks"], "all but the last plan's"
+    assert fast["cache_skipped_stores"] == slow["cache_skipped_stores"] == 0
+
+
 def test_tiers_keep_what_the_device_has_no_room_for() -> None:
     work = closed_loop(chats(24), 12)
     alone = summarise(simulate(opt(blocks=250), work).played)

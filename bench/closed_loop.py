@@ -81,31 +81,39 @@ class Run:
 async def play(
     transport: Transport,
     dialogues: Sequence[Session],
-    users: int,
-    max_tokens: int,
+    users: int | None,
+    max_tokens: int | None,
     progress: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Play all dialogues with this many users. `progress` is told of each turn's end."""
+    """Play all dialogues with this many users, or, with None, each from its own start on. Users think as long as the
+    dialogue says; replies have `max_tokens`, or, with None, as many as the dialogue says. `progress` is told of each
+    turn's end.
+    """
     turns: list[Turn] = []
+    begun_s = time.perf_counter() - min((dialogue.start_s for dialogue in dialogues), default=0.0)
 
     async def whole(dialogue: Session) -> None:
-        messages: tuple[Message, ...] = ()
+        if users is None:
+            await asyncio.sleep(max(0.0, begun_s + dialogue.start_s - time.perf_counter()))
+        histories: dict[int, tuple[Message, ...]] = {-1: ()}  # by turn, its reply included
         for index, said in enumerate(dialogue.turns):
-            messages = (*messages, {"role": "user", "content": said.text})
-            turn = await _say(transport, dialogue.id, index, messages, max_tokens, salt="")
+            await asyncio.sleep(said.think_s)
+            parent = index - 1 if said.parent is None else said.parent
+            messages = (*histories[parent], {"role": "user", "content": said.text})
+            turn = await _say(transport, dialogue.id, index, messages, max_tokens or said.output_tokens, salt="")
             turns.append(turn)
-            messages = (*messages, {"role": "assistant", "content": turn.text})
+            histories[index] = (*messages, {"role": "assistant", "content": turn.text})
             progress()
 
-    start_s, busy_until_s = await _crowd(users, dialogues, whole)
-    return Run(tuple(turns), start_s, busy_until_s)
+    start_s, busy_until_s = await _crowd(users or len(dialogues), dialogues, whole)
+    return Run(tuple(turns), start_s, busy_until_s if users else time.perf_counter())
 
 
 async def replay(
     transport: Transport,
     turns: Sequence[Turn],
     users: int,
-    max_tokens: int,
+    max_tokens: int | None,
     salt: str,
     progress: Callable[[], None] = lambda: None,
 ) -> Run:
@@ -114,7 +122,8 @@ async def replay(
 
     async def once(job: tuple[int, Turn]) -> None:
         n, turn = job
-        replayed.append(await _say(transport, turn.dialogue, turn.index, turn.messages, max_tokens, f"{salt}-{n}"))
+        tokens = max_tokens or turn.usage.output_tokens
+        replayed.append(await _say(transport, turn.dialogue, turn.index, turn.messages, tokens, f"{salt}-{n}"))
         progress()
 
     start_s, busy_until_s = await _crowd(users, list(enumerate(turns)), once)
@@ -141,7 +150,7 @@ async def _crowd(users: int, jobs: Sequence[T], work: Callable[[T], Awaitable[No
                 group.create_task(user())
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
-    return start_s, min(out_of_work_s)
+    return start_s, min(out_of_work_s, default=start_s)
 
 
 async def _say(

@@ -25,8 +25,9 @@ from bench.servers import Server, ServerError, grpc_ready, no_survivors
 from bench.systems import Jserve
 from bench.transports import ChatError, JserveTransport
 from bench.workloads.dialogues import WorkloadError, load, part
+from bench.workloads.streams import NAMED, stream, worded
 from jserve.errors import ConfigError
-from jserve.simulation.workload import Session, Workload
+from jserve.simulation.workload import Session, Workload, compressed
 
 DIALOGUES_AT_LEAST = 8
 MEMORY_UNKNOWN = "needs a server that this benchmark started, whose GetStats tells weight_bytes and pool_bytes"
@@ -51,7 +52,7 @@ def main() -> int:
 def _serve(args: argparse.Namespace) -> int:
     console = report.console(args)
     try:
-        workload = load(args.dialogues, args.seed)
+        workload = _work(args)
         if args.target:
             metrics = _measure_target(args.target, workload, args, console)
         else:
@@ -62,6 +63,7 @@ def _serve(args: argparse.Namespace) -> int:
     missing = {} if "resident_over_weights_and_pool" in metrics else {"resident_over_weights_and_pool": MEMORY_UNKNOWN}
     config = {
         "dialogues": workload.name,
+        "compress": args.compress,
         "concurrency": args.concurrency,
         "dialogues_per_user": args.dialogues_per_user,
         "max_tokens": args.max_tokens,
@@ -72,6 +74,13 @@ def _serve(args: argparse.Namespace) -> int:
         report.note(console, f"not measured: {name}: {reason}")
     report.emit(report.Result("serve", metrics, config, args.seed, missing=missing), args)
     return 0
+
+
+def _work(args: argparse.Namespace) -> Workload:
+    """Dialogues with words, or another stream, which tells its own think times and lengths of replies."""
+    if args.work is None:
+        return load(args.dialogues, args.seed)
+    return compressed(stream(args.work, args.context, args.seed), args.compress)
 
 
 def _measure_own(workload: Workload, args: argparse.Namespace, console: Console) -> dict[str, float]:
@@ -130,7 +139,8 @@ async def _levels(
     try:
         for users in args.concurrency:
             count = max(DIALOGUES_AT_LEAST, users * args.dialogues_per_user)
-            levels.append(await _level(transport, part(workload, used, count), users, args, bars))
+            dialogues = tuple(map(worded, part(workload, used, count)))
+            levels.append(await _level(transport, dialogues, users, args, bars))
             used += count
         return levels, await transport.stats()
     finally:
@@ -143,7 +153,8 @@ async def _level(
     turns = sum(len(d.turns) for d in dialogues)
     bar = bars.add_task(f"{users} users", total=2 * turns - len(dialogues))
     await warm_up(transport, users)
-    played = await play(transport, dialogues, users, args.max_tokens, lambda: bars.advance(bar))
+    loop = None if any(d.start_s for d in dialogues) else users
+    played = await play(transport, dialogues, loop, args.max_tokens, lambda: bars.advance(bar))
     stats = await transport.stats()
     later = [turn for turn in played.turns if turn.index > 0]
     salt = f"recompute {args.seed} {users} {played.start_s}"
@@ -152,18 +163,21 @@ async def _level(
 
 
 def _metrics(level: Level) -> dict[str, float]:
+    """Without those of later turns, if there are none."""
     run = level.played
-    first = [turn.ttft_s for turn in run.measured(later=False)]
-    later = [turn.ttft_s for turn in run.measured(later=True)]
+    metrics = {"output_tokens_per_s": run.output_tokens_per_s}
+    first, later = ([turn.ttft_s for turn in run.measured(later=is_later)] for is_later in (False, True))
+    again = [turn.ttft_s for turn in level.recomputed.measured()]
     tpot = [turn.tpot_s for turn in run.measured()]
-    recompute = percentile([turn.ttft_s for turn in level.recomputed.measured()], 50)
-    return {
-        "output_tokens_per_s": run.output_tokens_per_s,
-        "ttft_first_p50_s": percentile(first, 50),
-        "ttft_later_p50_s": percentile(later, 50),
-        "ttft_later_p95_s": percentile(later, 95),
-        "ttft_recompute_p50_s": recompute,
-        "ttft_later_over_recompute": percentile(later, 50) / recompute,
+    metrics["ttft_first_p50_s"] = percentile(first, 50)
+    if later and again:
+        metrics |= {
+            "ttft_later_p50_s": percentile(later, 50),
+            "ttft_later_p95_s": percentile(later, 95),
+            "ttft_recompute_p50_s": percentile(again, 50),
+            "ttft_later_over_recompute": percentile(later, 50) / percentile(again, 50),
+        }
+    return metrics | {
         "tpot_p50_s": percentile(tpot, 50),
         "tpot_p95_s": percentile(tpot, 95),
         "cached_share": run.cached_share or 0.0,
@@ -173,7 +187,7 @@ def _metrics(level: Level) -> dict[str, float]:
 
 def _print(levels: list[Level], workload: Workload, console: Console) -> None:
     names = list(_metrics(levels[0]))
-    rows = [[name, *(_metrics(level)[name] for level in levels)] for name in names]
+    rows = [[name, *(_metrics(level).get(name, "") for level in levels)] for name in names]
     turns = sum(len(level.played.turns) for level in levels)
     columns = ["", *(f"{level.users} users" for level in levels)]
     console.print(report.table(f"jserve, {turns} turns of {workload.name}", columns, rows))
@@ -195,11 +209,23 @@ def _arguments() -> argparse.Namespace:
         "--concurrency", type=int, nargs="+", default=[1, 8, 16], metavar="C", help="users, one level each (1 8 16)"
     )
     parser.add_argument("--dialogues-per-user", type=int, default=3, metavar="N", help="default 3")
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of each reply, exactly (default 64)")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="of each reply, exactly (default 64; with --work what it says)"
+    )
+    parser.add_argument(
+        "--work",
+        metavar="NAME|FILE",
+        help=f"instead of dialogues, with think times and lengths of its own: {', '.join(NAMED)}, or a trace. One that "
+        "tells times of arrival is played by these, so many sessions as the users would have had",
+    )
+    parser.add_argument("--context", type=int, default=2048, metavar="N", help="with --work: longest chat (2048)")
+    parser.add_argument("--compress", type=float, default=1.0, metavar="F", help="with --work: F times as fast (1)")
     parser.add_argument("serve_flags", nargs="*", metavar="-- FLAG", help="more flags of `jserve serve`")
     profiling.add_argument(parser)
     report.add_arguments(parser)
     args = parser.parse_args()
+    if args.work is None and args.max_tokens is None:
+        args.max_tokens = 64
     if args.target and args.profile:
         parser.error("--profile needs a server of its own: leave --target out, or start yours with --profile-dir")
     return args

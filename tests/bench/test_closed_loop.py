@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from bench.closed_loop import Run, Turn, percentile, play, replay, warm_up
 from bench.transports import ChatError, OpenAITransport, Usage
 from bench.workloads.dialogues import WorkloadError, spoken
-from jserve.simulation.workload import Session
+from bench.workloads.streams import stream, worded
+from jserve.simulation.workload import Segment, Session
+from jserve.simulation.workload import Turn as Asked
 
 spec = importlib.util.spec_from_file_location("fake_openai", Path(__file__).with_name("fake_openai.py"))
 assert spec is not None
@@ -142,3 +145,41 @@ def test_percentiles_are_values_that_were_seen() -> None:
     assert percentile([3.0], 95) == 3.0
     with pytest.raises(WorkloadError, match="more dialogues"):
         percentile([], 50)
+
+
+def chat(turns: tuple[Asked, ...], start_s: float = 0.0) -> Session:
+    return Session(f"from {start_s}", turns, start_s)
+
+
+def test_replies_are_as_long_and_turns_as_late_as_the_work_says() -> None:
+    fake = FakeServer()
+    said = (Asked((Segment(1, 2),), 5, text="a"), Asked((Segment(2, 2),), 7, think_s=0.2, text="b"))
+
+    async def run() -> Run:
+        async with serving(fake):
+            transport = OpenAITransport(fake.url, "model", {"ignore_eos": True})
+            return await play(transport, [chat(said), chat(said, 0.5)], None, None)
+
+    turns = asyncio.run(run()).turns
+    assert [body["max_tokens"] for body in fake.bodies] == [5, 7, 5, 7]
+    assert turns[1].start_s - turns[0].end_s >= 0.2
+    assert turns[2].start_s - turns[0].start_s > 0.45
+
+
+def test_a_branch_goes_on_from_the_turn_that_it_names() -> None:
+    fake = FakeServer()
+    said = tuple(Asked((Segment(n, 1),), 4, parent=p, text=f"q{n}") for n, p in enumerate((None, None, 0, -1)))
+    turns = {t.index: t for t in played(fake, [chat(said)]).turns}
+    users = {i: [m["content"] for m in t.messages if m["role"] == "user"] for i, t in turns.items()}
+    assert users == {0: ["q0"], 1: ["q0", "q1"], 2: ["q0", "q2"], 3: ["q3"]}
+
+
+def test_equal_contents_are_equal_words_and_about_as_many_as_tokens() -> None:
+    turn = Asked((Segment(7, 30), Segment(8, 10)), 4)
+    one, other = worded(chat((turn,))), worded(chat((replace(turn, prompt=(Segment(7, 30), Segment(9, 10))),)))
+    (words,), (others,) = ([t.text.split() for t in s.turns] for s in (one, other))
+    assert len(words) == len(others) == 40
+    assert words[:30] == others[:30]
+    assert words[30:] != others[30:]
+    with pytest.raises(WorkloadError, match="sharegpt"):
+        stream("no such work", 2048, 0)

@@ -72,6 +72,22 @@ def test_it_reports_what_the_issue_names(target: str, tmp_path: Path) -> None:
     assert "4 users" in run.stderr
 
 
+def test_it_plays_any_stream_with_its_own_lengths_and_times(target: str, tmp_path: Path) -> None:
+    chats, calls = tmp_path / "chats.jsonl", tmp_path / "calls.jsonl"
+    chats.write_text("\n".join("[[5, 4], [3, 6], [2, 3]]" for _ in range(16)))
+    times = ({"timestamp": 100 * n, "input_length": 12, "output_length": 5, "hash_ids": [0]} for n in range(16))
+    calls.write_text("\n".join(map(json.dumps, times)))
+    found = {}
+    for work in (chats, calls):
+        flags = ("--work", str(work), "--context", "64", "--compress", "50", "--dialogues-per-user", "1")
+        run = bench("--target", target, "--concurrency", "2", *flags, "--json")
+        assert run.returncode == 0, run.stderr
+        found[work] = json.loads(run.stdout.splitlines()[-1])["metrics"]
+    assert set(found[chats]) >= NAMED_BY_THE_ISSUE
+    assert "ttft_later_p50_s" not in found[calls], "each is a single call"
+    assert found[calls]["output_tokens_per_s"] > 0
+
+
 def test_no_server_is_one_line_and_a_failure() -> None:
     run = bench("--target", "127.0.0.1:9")
     assert run.returncode == 1

@@ -123,7 +123,7 @@ def _compared(args: argparse.Namespace) -> Compared:
         play(engine, chats(4, args.clients, args.seed), progress=progress)  # first calls cost extra
         for n in range(args.rounds):
             recorder.samples.clear()
-            fitting = chats(max(4, args.sessions // 3), args.clients, args.seed + 2 * n + 1)
+            fitting = chats(max(4, args.sessions // 2), args.clients, args.seed + 2 * n + 1)
             play(engine, replace(fitting, name="to fit"), progress=progress)
             samples += recorder.samples
             works.append(replace(chats(args.sessions, args.clients, args.seed + 2 * n + 2), name="to compare"))

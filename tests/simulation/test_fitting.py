@@ -60,9 +60,12 @@ def test_steps_vary_in_the_simulation_as_they_were_seen_to() -> None:
     varied = [replace(s, seconds=s.seconds * (0.9 if i % 2 else 1.1)) for i, s in enumerate(calm)]
     disturbed = [*varied, replace(varied[0], seconds=9.0)]
     for samples, seen in ((calm, {1.0}), (varied, {0.9, 1.1}), (disturbed, {0.9, 1.1})):
-        _, _, spread = fit_steps(samples)
-        for ratios in (spread.decode, spread.mixed):
-            assert sum(ratios) / len(ratios) == pytest.approx(1.0)
+        prefill, decode, spread = fit_steps(samples)
+        for ratios, fitted_s, mean_s in (
+            (spread.decode, decode.seconds(2, 500), 0.02),
+            (spread.mixed, prefill.overhead_s + 64 * prefill.per_token_s + 2048 * prefill.per_pair_s, 0.1),
+        ):
+            assert fitted_s * sum(ratios) / len(ratios) == pytest.approx(mean_s, rel=0.01)
             assert {round(ratio, 1) for ratio in ratios} == seen
 
 

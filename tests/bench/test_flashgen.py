@@ -24,6 +24,7 @@ from bench.flashgen_runs import (
     work_of,
 )
 from bench.flashgen_sensitivity import ratios_of
+from bench.flashgen_tables import tables
 from jserve.cache.cost import CostModel
 from jserve.progress import SilentProgress
 from jserve.simulation.arms import ABLATIONS, ARMS
@@ -127,6 +128,10 @@ def test_short_covers_every_metric_and_the_full_run_every_figure(tmp_path: Path)
         f"flashgen-{name}.png"
         for name in ("latency", "ttft", "tpot", "tiers", "utilisation", "host_size", "long_context")
     }
+    told = "\n".join(tables(made))
+    assert told.count("| `jserve` |") == 6
+    assert "nan" not in told
+    assert all(f"| {work} | " in told for work in ("sharegpt", "humaneval", "alpaca"))
     assert flashgen._metrics(flashgen._curves(made, SMALL)).keys() == metrics.keys()
     assert set(metrics) >= {
         "opt13b_throughput_ratio",
@@ -142,7 +147,7 @@ def test_short_covers_every_metric_and_the_full_run_every_figure(tmp_path: Path)
 
 def fake(run: Run) -> Point:
     """A point of plausible numbers, not simulated: for what is drawn, not for what it shows."""
-    names = ("ttft_p95_s", "tpot_p99_s", "mean_batch", "kv_utilisation", "kv_utilisation_when_short")
+    names = ("ttft_mean_s", "ttft_p95_s", "tpot_p99_s", "mean_batch", "kv_utilisation", "kv_utilisation_when_short")
     numbers = dict.fromkeys(names, 0.5) | {
         "output_tokens_per_s": 2.0 * run.clients,
         "normalised_latency_s": 0.002 * run.clients,

@@ -100,7 +100,7 @@ class TieredCache(KVCache):
     def _decide(self, restore: Restore, waiting: int, hidden_s: float) -> None:
         """How much of the prefix to restore; pins what the host has of it. `poll` reads what only disk has."""
         keys = restore.table.keys
-        device, host, disk = self._reaches(keys, min(self._most_blocks(restore.num_tokens), len(keys)))
+        device, host, disk = self._reaches(keys, restore.num_tokens)
         others = waiting + self._running
         reach = Reach(
             restore.num_tokens,
@@ -132,15 +132,16 @@ class TieredCache(KVCache):
         if restore.settled < restore.split:
             self._wait(restore)
 
-    def _reaches(self, keys: list[bytes], most: int) -> tuple[int, int, int]:
+    def _reaches(self, keys: list[bytes], num_tokens: int) -> tuple[int, int, int]:
         """Leading blocks on the device; on it or the host; on any tier. They are used by this."""
+        most = min(self._most_blocks(num_tokens), len(keys))
         device, host = self.index.reach(keys, most), self.host.reach(keys, most)
         self.host.use(keys, host)
         disk = 0
         if self.disk is not None and self.tiers.disk_is_read:
             disk = self.disk.reach(keys, most)
             self.disk.use(keys, disk)
-        self.ahead.arrived(keys, {device, host, disk})
+        self.ahead.arrived(keys, num_tokens, {device, host, disk})
         if not self.tiers.host_is_read:
             return device, device, device
         return device, max(device, host), max(device, host, disk)
@@ -298,8 +299,8 @@ class TieredCache(KVCache):
         self.gaps.close(table)
         return True
 
-    def ended(self, table: BlockTable, answer_tokens: int) -> None:
-        self.ahead.ended(table.keys[: table.num_published], answer_tokens)
+    def ended(self, table: BlockTable, num_tokens: int, answer_tokens: int) -> None:
+        self.ahead.ended(table.keys[: table.num_published], num_tokens, answer_tokens)
 
     def release(self, table: BlockTable) -> None:
         self._settle(table)

@@ -247,8 +247,8 @@ class KVCache:
         """
         return None
 
-    def ended(self, table: BlockTable, answer_tokens: int) -> None:
-        """A request has ended after so many tokens of an answer; its table is about to be released."""
+    def ended(self, table: BlockTable, num_tokens: int, answer_tokens: int) -> None:
+        """A request has ended after so many tokens, the last of them its answer; its table is about to be released."""
 
     def is_ready(self, table: BlockTable) -> bool:
         """Whether a waiting sequence should be admitted now, if it fits."""

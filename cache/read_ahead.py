@@ -35,19 +35,19 @@ class ReadAhead:
         """Of blocks on the host, or on their way there."""
         tiers.host.on_leave = self._left
 
-    def ended(self, keys: Sequence[bytes], answer_tokens: int) -> None:
+    def ended(self, keys: Sequence[bytes], num_tokens: int, answer_tokens: int) -> None:
         """A request has ended, and its conversation may go on after these full blocks."""
         if not keys:
             return
-        sleep = self.tiers.returns.sleep(keys, answer_tokens, self.tiers.now_s)
+        sleep = self.tiers.returns.sleep(keys, num_tokens, answer_tokens, self.tiers.now_s)
         self.tiers.host.expect(sleep.leaf, sleep.due_s)
         if self.tiers.disk is not None:
             self.tiers.disk.expect(sleep.leaf, sleep.due_s)
 
-    def arrived(self, keys: Sequence[bytes], reaches: set[int]) -> None:
-        """A request has come; `reaches`: how many leading blocks of its prompt each tier has."""
+    def arrived(self, keys: Sequence[bytes], num_tokens: int, reaches: set[int]) -> None:
+        """A request has come, of so many tokens; `reaches`: how many leading blocks of its prompt each tier has."""
         for reach in reaches:
-            sleep = self.tiers.returns.wake(keys[reach - 1], self.tiers.now_s) if reach else None
+            sleep = self.tiers.returns.wake(keys[reach - 1], num_tokens, self.tiers.now_s) if reach else None
             if sleep is not None:
                 self.tiers.stats.read_ahead_hits += sleep.read_ahead
 

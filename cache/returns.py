@@ -90,6 +90,8 @@ class Sleep:
 
     keys: Sequence[bytes]
     """Of all its full blocks, in order; none once it sleeps no more."""
+    num_tokens: int
+    """Of all that was said."""
     answer_tokens: int
     end_s: float
     due_s: float
@@ -121,21 +123,25 @@ class Returns:
     def __len__(self) -> int:
         return len(self._sleeping)
 
-    def sleep(self, keys: Sequence[bytes], answer_tokens: int, now_s: float) -> Sleep:
+    def sleep(self, keys: Sequence[bytes], num_tokens: int, answer_tokens: int, now_s: float) -> Sleep:
         """A request has ended, whose conversation may go on after these full blocks, one at least."""
         self._end(keys[-1])
-        self._sleeping[keys[-1]] = sleep = Sleep(keys, answer_tokens, now_s, now_s + self.model.gap_s(answer_tokens))
+        due_s = now_s + self.model.gap_s(answer_tokens)
+        self._sleeping[keys[-1]] = sleep = Sleep(keys, num_tokens, answer_tokens, now_s, due_s)
         self._num_blocks += len(keys)
         while self._num_blocks > self._most_blocks and len(self._sleeping) > 1:
             self._end(next(iter(self._sleeping)))
         return sleep
 
-    def wake(self, leaf: bytes, now_s: float) -> Sleep | None:
-        """A request has arrived of whose prompt all blocks up to `leaf` are known: the conversation that slept there,
-        if one did. A prompt that goes on from a conversation lies in the tiers up to its leaf, and no farther."""
-        sleep = self._end(leaf)
-        if sleep is not None:
-            self.model.observe(sleep.answer_tokens, now_s - sleep.end_s)
+    def wake(self, leaf: bytes, num_tokens: int, now_s: float) -> Sleep | None:
+        """A request of so many tokens has arrived, of whose prompt all blocks up to `leaf` are known: the conversation
+        that slept there, if one did. A prompt that goes on from a conversation lies in the tiers up to its leaf, and no
+        farther; one that is no longer than what was said asks the same again."""
+        sleep = self._sleeping.get(leaf)
+        if sleep is None or num_tokens <= sleep.num_tokens:
+            return None
+        self._end(leaf)
+        self.model.observe(sleep.answer_tokens, now_s - sleep.end_s)
         return sleep
 
     def due_s(self, leaf: bytes) -> float | None:

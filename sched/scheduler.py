@@ -314,7 +314,7 @@ class Scheduler:
             known = min(sequence.num_computed, len(sequence.tokens))
             self.cache.publish(sequence.table, sequence.tokens, known)
             self.stats.ended_blocks += len(sequence.table.blocks)
-            self.cache.ended(sequence.table, sequence.num_output)
+            self.cache.ended(sequence.table, len(sequence.tokens), sequence.num_output)
             self.cache.release(sequence.table)
             self.state.running.leave(sequence)
             self.state.waiting.look = True

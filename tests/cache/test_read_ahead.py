@@ -45,12 +45,12 @@ class Sleepers:
         """A turn that ends now: all of its conversation is on the host."""
         keys = chain(chat, blocks)
         self.tiers.set_now(now_s)
-        self.ahead.arrived(keys, {self.host.reach(keys, blocks), blocks})
+        self.ahead.arrived(keys, 100, {self.host.reach(keys, blocks), blocks})
         for i, name in enumerate(keys):
             if name not in self.host:
                 self.host.reserve(name, keys[i - 1] if i else None)
                 self.host.fill(name, write_back=False)
-        self.ahead.ended(keys, answer_tokens)
+        self.ahead.ended(keys, 99, answer_tokens)
 
     def read(self, now_s: float) -> list[bytes]:
         """All that is worth to be read now."""
@@ -132,6 +132,16 @@ def test_what_disk_has_not_is_not_asked_for_again_and_again() -> None:
     tiers.disk.drop(key(0, 1), tiers.disk.version(key(0, 1)))
     assert tiers.read(390.0) == [key(0, 0)]
     assert tiers.read(391.0) == []
+
+
+def test_the_same_question_from_others_teaches_nothing() -> None:
+    world = World(eviction="returns", read_ahead_s=1.0)
+    for user in range(5):
+        world.ask(f"user {user}", prompt_of(0, 4 * BLOCK + 1), 1)
+        world.clock.wait(1.0)
+    assert world.cache.tiers.returns.model.seen == 0
+    world.ask("goes on", [*prompt_of(0, 4 * BLOCK + 1), 1, 2, 3], 1)
+    assert world.cache.tiers.returns.model.seen == 1
 
 
 def test_pinned_blocks_stay_whatever_returns() -> None:

@@ -87,24 +87,25 @@ def trusting(returns: Returns) -> Returns:
 
 def test_a_conversation_wakes_at_its_leaf_and_teaches_how_long_it_slept() -> None:
     returns = Returns(100)
-    returns.sleep([key(1), key(2)], 50, now_s=10.0)
-    assert returns.wake(key(1), 15.0) is None
-    assert returns.wake(key(2), 17.0) is not None
-    assert returns.wake(key(2), 18.0) is None
+    returns.sleep([key(1), key(2)], 80, 50, now_s=10.0)
+    assert returns.wake(key(1), 90, 15.0) is None
+    assert returns.wake(key(2), 80, 16.0) is None  # asks the same again
+    assert returns.wake(key(2), 81, 17.0) is not None
+    assert returns.wake(key(2), 90, 18.0) is None
     assert (returns.model.seen, returns.model.mean_s) == (1, 7.0)
     assert len(returns) == 0
 
 
 def test_a_conversation_is_due_when_its_answer_says_so() -> None:
     returns = trusting(Returns(100))
-    assert returns.sleep([key(1)], 30, now_s=100.0).due_s == pytest.approx(130.0, abs=1)
+    assert returns.sleep([key(1)], 50, 30, now_s=100.0).due_s == pytest.approx(130.0, abs=1)
     assert returns.due_s(key(1)) == pytest.approx(130.0, abs=1)
     assert returns.due_s(key(2)) is None
 
 
 def test_the_nearest_return_of_what_the_host_has_lost_is_told_first() -> None:
     returns = trusting(Returns(100))
-    sleeps = {i: returns.sleep([key(i), key(10 + i)], tokens, 0.0) for i, tokens in enumerate((20, 40, 90))}
+    sleeps = {i: returns.sleep([key(i), key(10 + i)], 99, tokens, 0.0) for i, tokens in enumerate((20, 40, 90))}
     assert returns.soonest_away(0.0) is None
     for i in range(3):
         returns.leaves(key(i))  # which is no leaf
@@ -117,20 +118,20 @@ def test_the_nearest_return_of_what_the_host_has_lost_is_told_first() -> None:
     assert returns.soonest_away(500.0) is sleeps[2]  # all are overdue, and this the least
     returns.is_back(sleeps[1])
     assert returns.soonest_away(35.0) is sleeps[0]
-    returns.wake(sleeps[0].leaf, 35.0)
+    returns.wake(sleeps[0].leaf, 100, 35.0)
     assert returns.soonest_away(35.0) is sleeps[2]
 
 
 def test_those_that_have_slept_longest_are_forgotten_first() -> None:
     returns = Returns(10)
     for i in range(20):
-        returns.sleep([key(100 * i), key(100 * i + 1), key(100 * i + 2)], 5, float(i))
+        returns.sleep([key(100 * i), key(100 * i + 1), key(100 * i + 2)], 50, 5, float(i))
         returns.leaves(key(100 * i + 2))
     assert len(returns) == 3
     assert returns.due_s(key(1702)) == 17.0
     assert returns.due_s(key(1602)) is None
     assert len(returns._away) == 3
-    returns.sleep([key(i) for i in range(50)], 5, 30.0)
+    returns.sleep([key(i) for i in range(50)], 900, 5, 30.0)
     assert len(returns) == 1  # however long
 
 
@@ -148,9 +149,9 @@ def test_any_sequence_of_moves_agrees_with_looking_at_all_of_them(moves: list[tu
         leaf = key(who)
         match move:
             case "sleep":
-                returns.sleep([key(20 + who)] * (who % 3) + [leaf], amount, now_s)
+                returns.sleep([key(20 + who)] * (who % 3) + [leaf], 70, amount, now_s)
             case "wake":
-                returns.wake(leaf, now_s)
+                returns.wake(leaf, 99, now_s)
             case "leave":
                 returns.leaves(leaf)
             case "back" if (sleep := returns.soonest_away(now_s)) is not None:

@@ -6,7 +6,8 @@ block first, into host slots of its own: nobody else could find it there, for a 
 it. Once the request has its device blocks, what has come is copied into them, one copy at a time.
 
 A block that does not come moves the start behind it: it is computed, with all before it. So whatever fails, hangs or
-comes late costs computation alone. `close` ends a gap in any state.
+comes late costs computation alone. A request that has come to the start holds a slot and its blocks: it waits for no
+longer than computing what is missing would take. `close` ends a gap in any state.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ class Gap:
     def num_unread(self) -> int:
         """Blocks that are still to be asked for from disk."""
         return max(0, self.unread - self.first_read)
+
+    @property
+    def last_missing(self) -> int:
+        """The last of its blocks that is not on the device; the one before its start if all are."""
+        return next((i for i in reversed(range(self.start, self.end)) if i not in self.there), self.start - 1)
 
     @property
     def is_closed(self) -> bool:
@@ -197,9 +203,7 @@ class Gaps:
 
     def expire(self, gap: Gap) -> None:
         """Nobody waits any longer for what is missing."""
-        missing = [i for i in range(gap.start, gap.end) if i not in gap.there]
-        if missing:
-            self._lose(gap, missing[-1])
+        self._lose(gap, gap.last_missing)
 
     def _lose(self, gap: Gap, i: int) -> None:
         """This block does not come."""

@@ -23,6 +23,7 @@ nobody waits for any more is dropped. What cannot be read, written or found cost
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import asdict
@@ -40,6 +41,8 @@ from jserve.cache.tiers import Tiers
 from jserve.cache.transfer import Completion, Transfer
 from jserve.cache.write_back import WriteBack
 from jserve.cache.write_through import WriteThrough
+
+LEAST_GAP_WAIT_S = 0.005
 
 
 class TieredCache(KVCache):
@@ -286,7 +289,8 @@ class TieredCache(KVCache):
     def _take_gap(self, table: BlockTable, gap: Gap) -> bool:
         """Whether the gap is closed, and the computation can go on after it."""
         if not gap.is_closed:
-            gap.deadline_s = min(gap.deadline_s, self.tiers.now_s + self.wait_limit_s)
+            if gap.deadline_s == math.inf:
+                gap.deadline_s = self.tiers.now_s + self._gap_wait_s(gap)
             return False
         for i in range(gap.start, gap.end):
             if self.index.publish(table.keys[i], table.blocks[i]):
@@ -298,6 +302,13 @@ class TieredCache(KVCache):
         self.tier_stats.closed_gaps += 1
         self.gaps.close(table)
         return True
+
+    def _gap_wait_s(self, gap: Gap) -> float:
+        """As long as computing what is missing would take: so it never waits and computes for more than twice the time
+        that the better of the two would have taken (ski rental). It holds a slot and blocks as long."""
+        missing = (gap.last_missing + 1 - gap.start) * self.block_size
+        computing_s = self.cost.prefill.seconds(missing, gap.start * self.block_size)
+        return min(max(computing_s, LEAST_GAP_WAIT_S), self.wait_limit_s)
 
     def ended(self, table: BlockTable, num_tokens: int, answer_tokens: int) -> None:
         self.ahead.ended(table.keys[: table.num_published], num_tokens, answer_tokens)

@@ -40,9 +40,14 @@ def gap_at(start: int, end: int = BLOCKS, front: int | None = None) -> Strategy:
 
 
 def world_with(
-    tier: str, strategy: Strategy, copy_s: Callable[[str, int], float] = lambda kind, blocks: 0.0, **more: object
+    tier: str,
+    strategy: Strategy,
+    copy_s: Callable[[str, int], float] = lambda kind, blocks: 0.0,
+    token_s: float = 1.0,
+    **more: object,
 ) -> World:
-    """One in which the prompt is on disk alone, or on the host as well."""
+    """One in which the prompt is on disk alone, or on the host as well. Computing a token is believed to take
+    `token_s`: so long is a gap waited for."""
     before = World(device=64, host=64)
     before.ask("before", PROMPT)
     speed = {"copy_s": lambda kind, blocks: 0.0}
@@ -61,6 +66,7 @@ def world_with(
         world.cache.disk = world.cache.tiers.disk = None
     speed["copy_s"] = copy_s
     world.cache.strategy = strategy
+    world.cache.cost.prefill.per_token_s = token_s
     return world
 
 
@@ -205,6 +211,19 @@ def test_a_copy_that_never_ends_costs_its_deadline_and_no_more(kind: str) -> Non
     assert world.said["again"] == expected_tokens(PROMPT, 4, VOCAB)
     assert world.cached["again"] == 0
     assert not world.cache.gaps.open
+
+
+@pytest.mark.parametrize("kind", ["load", "read"])
+def test_no_gap_is_waited_for_longer_than_computing_it_would_take(kind: str) -> None:
+    never = lambda k, blocks: 1e9 if k == kind else 0.0  # noqa: E731
+    world = world_with("disk", gap_at(8), never, token_s=1e-3, wait_limit_s=10.0)
+    computed_s = first_token_s(world_with("disk", never_load))
+    assert first_token_s(world) == pytest.approx(computed_s + (BLOCKS - 8) * BLOCK * 1e-3, abs=0.03)
+    assert not world.cache.gaps.open
+    world.clock.wait(10.0)
+    world.run()
+    assert world.said["again"] == expected_tokens(PROMPT, 4, VOCAB)
+    world.check_nothing_is_held()
 
 
 def test_reads_that_come_too_late_are_dropped_and_what_has_come_is_used() -> None:

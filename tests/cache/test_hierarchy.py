@@ -14,6 +14,7 @@ from jserve.cache.cost import restore_strategy
 from jserve.cache.disk_tier import DiskTier
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import BlockTable, KVCache
+from jserve.cache.pause import Pause
 from jserve.cache.restore import Read
 from jserve.cache.staging import READS_IN_FLIGHT
 from jserve.cache.write_back import WRITES_IN_FLIGHT
@@ -318,6 +319,7 @@ def test_a_link_that_hangs_costs_one_request_its_time_and_recovers(kind: str) ->
     before = world.cache.tier_stats.loaded_blocks
     world.ask("from the host", first)
     assert world.cache.tier_stats.loaded_blocks > before
+    assert pause == Pause(until_s=pause.until_s)  # the next fault is a first one
     world.check_nothing_is_held()
 
 
@@ -388,6 +390,37 @@ def test_a_link_that_fails_again_and_again_is_told_of_once_and_tried_less_and_le
     assert len(world.notes) == 1
     assert 3 <= stats["host_faults"] == stats["failed_stores"] <= 7
     assert not stats["host_is_written"]
+
+
+def test_what_is_due_while_the_link_has_failed_is_stored_after_the_pause() -> None:
+    world = World(disk_blocks=None)
+    world.cache.tiers.fault(world.cache.host, world.cache.host.writing, "written", "it failed")
+    world.ask("first", prompt_of(0, 30))
+    assert not world.engine.has_work  # nothing to do before the pause is over
+    assert len(world.cache.host) == 0
+    world.clock.wait(2.0)
+    world.ask("other", [1], 1)
+    assert len(world.cache.host) == 8
+
+
+def test_what_waits_keeps_the_blocks_before_one_that_was_lost() -> None:
+    world = World(host=14, max_running=1, copy_s=lambda kind, blocks: 0.03 if kind == "read" else 0.0)
+    first = world.ask("first", prompt_of(0, 30))
+    for i in range(1, 4):
+        world.ask(f"other {i}", prompt_of(i, 40))
+    world.add("ahead", prompt_of(9, 4), 20)
+    world.add("again", first)
+    world.step()
+    restore = next(reversed(world.cache.tiers.restores))
+    keys = restore.table.keys
+    del world.transfer.disk[keys[5]]
+    while world.cache.tier_stats.read_blocks < 5:
+        world.step()
+    assert restore.pin == keys[4]
+    assert world.cache.host.is_pinned(keys[4])
+    world.run()
+    assert world.cached["again"] == 5 * BLOCK
+    world.check_nothing_is_held()
 
 
 def test_nothing_is_swapped_over_a_link_that_has_just_failed() -> None:

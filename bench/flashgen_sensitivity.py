@@ -30,12 +30,15 @@ OVER = ("vllm", "flashgen")
 def main() -> int:
     args = _arguments()
     console = report.console(args)
-    base = Run("opt-30b", "jserve", 60, calls=args.calls, warm_up_turns=10, seed=args.seed, block_tokens=BLOCK)
+    base = Run(
+        "opt-30b", "jserve", 60, calls=args.calls, warm_up_turns=10, seed=args.seed, block_tokens=args.block_size
+    )
     seeds = {f"seed {n}": replace(base, seed=n) for n in range(args.seed, args.seed + args.seeds)}
     moved = {name: replace(base, variation=name) for name in VARIATIONS}
     moved |= {"blocks of 16": replace(base, block_tokens=16), "random think times": replace(base, work="restless")}
-    cases = {name: (of, tuple(MODELS)) for name, of in seeds.items()}
-    cases |= {name: (of, MOVED) for name, of in moved.items() if args.only is None or name in args.only}
+    cases = {name: (of, tuple(args.models)) for name, of in seeds.items()}
+    shown = [m for m in MOVED if m in args.models]
+    cases |= {name: (of, tuple(shown)) for name, of in moved.items() if args.only is None or name in args.only}
     starts = [start for of, models in cases.values() for m in models for start in _starts(of, m)]
     try:
         points = around_bound(starts, lambda runs: run_all(runs, args.jobs, RichProgress(), args.points))
@@ -45,10 +48,10 @@ def main() -> int:
     ratios = {name: ratios_of([p for p in points if _same_case(p.run, of)]) for name, (of, _) in cases.items()}
     metrics = _metrics(ratios, list(seeds))
     rows: list[list[object]] = [
-        [name, *(f"{said[m, over]:.2f}x" if (m, over) in said else "" for m in MODELS for over in OVER)]
+        [name, *(f"{said[m, over]:.2f}x" if (m, over) in said else "" for m in args.models for over in OVER)]
         for name, said in ratios.items()
     ]
-    columns = ["", *(f"{m} / {over}" for m in MODELS for over in OVER)]
+    columns = ["", *(f"{m} / {over}" for m in args.models for over in OVER)]
     title = "output tokens/s of jserve at 100 ms a token, over vllm and over flashgen (simulated)"
     console.width = max(console.width, 160)
     console.print(report.table(title, columns, rows))
@@ -78,7 +81,7 @@ def ratios_of(points: Sequence[Point]) -> dict[tuple[str, str], float]:
 
 def _metrics(ratios: Mapping[str, Mapping[tuple[str, str], float]], seeds: Sequence[str]) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for model in MODELS:
+    for model in {model: None for model, _ in ratios[seeds[0]]}:
         for over in OVER:
             name = f"{model.replace('-', '_')}_over_{over}"
             drawn = [ratios[seed][model, over] for seed in seeds]
@@ -98,6 +101,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="from --seed on (3)")
     parser.add_argument("--only", nargs="*", metavar="CASE", help="of the moved assumptions; none: the seeds alone")
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="M", help=f"of {', '.join(MODELS)}"
+    )
+    parser.add_argument("--block-size", type=int, default=BLOCK, metavar="N", help=f"tokens in a block ({BLOCK})")
     parser.add_argument("--calls", type=int, default=600, metavar="N", help="measured requests of a point (600)")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (one a core)"

@@ -100,8 +100,9 @@ def _admit(state: State, chunks: Chunks, sequence: Sequence, passed: Sequence | 
             preempt(state, victim, sequence)
         chunks.regain(decodes - len(running.decodes))
     admission = state.cache.admit(sequence.table, sequence.tokens, spare)
-    if admission is None:
-        raise AssertionError(f"{sequence.request_id} fits, and is not admitted")
+    if admission is None:  # what had to yield was swapped out to where the host kept a part of its prefix
+        state.waiting.look = True
+        return False
     if passed is not None:
         state.stats.promotions += 1
         state.events.tell(EventKind.PROMOTED, sequence, passed)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import Arrival, events_of, make_engine, play, request, workload
 
+from jserve.cache.kv_cache import Admission, BlockTable
 from jserve.engine import Engine
 from jserve.sched import filling
 from jserve.sched.plan import StepPlan
@@ -94,6 +95,31 @@ def test_only_as_many_as_needed_yield_and_the_youngest_first() -> None:
     finish(engine)
     preempted = [line for line in story(engine, "preempted") if line.endswith("by head")]
     assert preempted == ["preempted p3 by head"]
+
+
+def test_where_making_room_costs_the_head_what_it_had_elsewhere_it_starts_as_soon_as_it_fits_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A victim that is swapped out may evict from the host what the head's prefix needed of it."""
+    engine = make_engine(blocks=20, block_size=4, budget=64, order="flashgen")
+    engine.add(request("first", tokens(40), 4))
+    engine.add(request("head", tokens(48), 2))
+    for name in ("p1", "p2", "p3"):
+        engine.add(request(name, tokens(7), 30))
+    admit = engine.cache.admit
+    lost = []
+
+    def admit_later(table: BlockTable, token_ids: list[int], spare: int = 0) -> Admission | None:
+        if len(token_ids) == 48 and not lost:
+            lost.append("head")
+            return None
+        return admit(table, token_ids, spare)
+
+    monkeypatch.setattr(engine.cache, "admit", admit_later)
+    finish(engine)
+    assert lost
+    assert "preempted p3 by head" in story(engine, "preempted")
+    assert [line for line in story(engine, "admitted", "resumed") if "head" in line] == ["admitted head"]
 
 
 def test_where_an_older_one_has_to_yield_a_younger_one_that_is_then_not_needed_goes_on() -> None:

@@ -224,6 +224,7 @@ class Gaps:
                 return
         unread = gap.num_unread
         gap.start = start
+        gap.deadline_s = math.inf  # it computes on, and may have to wait again
         self.staging.taken -= unread - gap.num_unread
         gap.unread = max(gap.unread, gap.first_read)
         self._drop(gap, [i for i in gap.slots if i < start])

@@ -16,6 +16,7 @@ from jserve.cache.tiers import Tiers
 from jserve.cache.transfer import Completion
 
 STORES_IN_FLIGHT = 4
+SLACK = 64
 
 Source = tuple[bytes, bytes | None, int]
 """A block to be copied: its key, that of the block before it, and where it is on the device."""
@@ -43,6 +44,8 @@ class WriteThrough:
 
     def add(self, table: BlockTable, i: int) -> None:
         """Block `i` of the table has become findable."""
+        if len(self) > 2 * len(self.tiers.index) + SLACK:  # nothing is copied for a while: the host link has failed
+            self._forget_stale()
         self._waiting.append(_source(table, i, table.blocks[i]))
 
     def add_again(self, table: BlockTable, found: list[int | None], most: int) -> None:
@@ -53,6 +56,12 @@ class WriteThrough:
             block = found[i]
             if block is not None:
                 self._waiting.append(_source(table, i, block))
+
+    def _forget_stale(self) -> None:
+        """Those that have left the device, and those that wait twice: no more are left than the device holds."""
+        here = [source for source in dict.fromkeys(self._waiting) if self.tiers.index.block_of(source[0]) == source[2]]
+        self.tiers.stats.skipped_stores += len(self) - len(here)
+        self._waiting = deque(here)
 
     def step(self, steps: int = 1) -> None:
         """Copy what is due after so many steps."""

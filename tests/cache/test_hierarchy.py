@@ -18,6 +18,7 @@ from jserve.cache.pause import Pause
 from jserve.cache.restore import Read
 from jserve.cache.staging import READS_IN_FLIGHT
 from jserve.cache.write_back import WRITES_IN_FLIGHT
+from jserve.cache.write_through import SLACK
 from jserve.simulated import expected_tokens
 
 
@@ -379,6 +380,14 @@ def test_while_the_link_has_failed_nothing_is_decided_to_come_over_it_nor_read_f
     world.ask("again", first)
     assert world.cached["again"] == 0
     assert (world.cache.tier_stats.stage_decisions, world.cache.tier_stats.read_blocks) == before
+
+
+def test_while_the_host_link_is_left_alone_no_more_waits_to_be_copied_than_the_device_can_hold() -> None:
+    world = World(disk_blocks=None, device=40, host=400)
+    world.cache.host.writing.until_s = float("inf")
+    for i in range(60):
+        world.ask(f"r{i}", prompt_of(i, 40))
+    assert 0 < len(world.cache.stores) <= 2 * 40 + SLACK
 
 
 def test_a_link_that_fails_again_and_again_is_told_of_once_and_tried_less_and_less() -> None:

@@ -146,7 +146,7 @@ class SchedConfig:
     cached, before at most 64 others)."""
     promote_tokens: int | None = None
     """Who has more tokens to compute than this passes no earlier request: they would be computed again if it had to
-    yield. None is no limit (FlashGen's rule)."""
+    yield. None is no limit (FlashGen's rule). A step looks at no more than 32 such before it looks no further."""
     victim: Victim = "youngest"
     """Of those behind in that order, who gives blocks back first: youngest, largest, cheapest (least computed)."""
     preempt: Preempt = "recompute"

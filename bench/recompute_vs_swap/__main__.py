@@ -6,8 +6,8 @@ poster's swaps are out and in; one way only is what remains where full blocks ha
 (FlashGen). All of it is simulated: formulas of a fit to its A100 (`published.json` names the sources), and for the
 sweeps of many requests the production scheduler and cache over simulated time.
 
-Without --sim: the same sweeps on the real engine, on this machine; scaled down where that is a CPU (about five minutes,
-or with --short less than one). Every way must give the same answers.
+Without --sim: the same sweeps on the real engine, on this machine; scaled down where that is a CPU (some minutes,
+or with --short one to two). Every way must give the same answers.
 """
 
 from __future__ import annotations

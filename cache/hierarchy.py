@@ -10,6 +10,7 @@
   to need is read from it.
 - loading: an admitted request gets its device blocks and waits, outside of any batch, until the host's blocks have
   been copied into them; other requests' steps go on. Where a copy has its turn before the next step, it waits for none.
+- gaps (`gap`): where that is quicker, the front of a prompt is computed while the end of its prefix is read and copied.
 - swapping: what a preempted sequence has not on the host yet is copied there before its blocks are taken, and kept.
 
 A tier holds a block only with all blocks before it in its chain, for none is evicted before those after it. So how far

@@ -308,8 +308,8 @@ class _Outlook:
         """What all together wait: the request itself, and those beside it for the device's and the disk's time that it
         takes."""
         reach = self.reach
-        alone_s = reach.hidden_s + self.load_s(split) + self.compute_s(split)
-        return alone_s + reach.others * self.compute_s(split) + self.others_read_s(split - reach.host_blocks)
+        device_s = (1 + reach.others) * self.compute_s(split)
+        return reach.hidden_s + self.load_s(split) + device_s + self.others_read_s(split - reach.host_blocks)
 
     def others_read_s(self, blocks: int) -> float:
         """What those who wait for the disk wait together for so many blocks, if any."""
@@ -355,12 +355,17 @@ class _Outlook:
         for front, end in ((device, min(disk, host + room)), (host, disk)):
             low, high = front + 1, min(host, end - 1) if front < host else end - 1
             low = max(low, end - room) if front == host else low
-            front_s = (front - device) * self._link_s
-            if low > high or reach.hidden_s + front_s + (1 + reach.others) * self.compute_s(end) >= below_s:
+            if low > high:
                 continue
+            alone_s = reach.hidden_s + (front - device) * self._link_s + (1 + reach.others) * self.compute_s(end)
+            if alone_s + self.bring_s(front, high, end) >= below_s:
+                continue  # even if what is in front of it took no time
             start = self._best_start(front, low, high, end)
-            ttft_s, device_s = self.gap_times_s(front, start, end)
-            delay_s = ttft_s + reach.others * device_s + self.others_read_s(end - max(start, host))
+            before_s = self.model.prefill.seconds(
+                (start - front) * self.model.block_tokens, front * self.model.block_tokens
+            )
+            beside_s = max(before_s, self.bring_s(front, start, end)) + reach.others * before_s
+            delay_s = alone_s + beside_s + self.others_read_s(end - max(start, host))
             if delay_s < below_s:
                 best, below_s = (front, start, end), delay_s
         return best

@@ -66,7 +66,8 @@ def test_a_third_of_every_prompt_is_on_each_tier_and_nothing_stays_staged() -> N
     drawn = [tier_decision._draw(tier_decision.random.Random("x"), b"root")]
     cache = tier_decision._populated(drawn, b"root")
     first, blocks = drawn[0], len(drawn[0].keys)
-    assert cache._reaches(first.keys, blocks) == (first.device_blocks, first.host_blocks, blocks)
+    tokens = blocks * tier_decision.BLOCK + 1
+    assert cache._reaches(first.keys, tokens) == (first.device_blocks, first.host_blocks, blocks)
 
 
 def test_the_work_knows_its_lengths() -> None:

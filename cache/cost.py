@@ -235,10 +235,6 @@ class RestorePlan:
     """Tokens of the prompt to compute: those that no tier has, and those that are not worth loading."""
     ttft_s: float
     """Predicted, from now."""
-    recompute_ttft_s: float
-    """Predicted, had nothing been loaded."""
-    load_ttft_s: float
-    """Predicted, had all been loaded that any tier has."""
     why: str
 
     @property
@@ -248,8 +244,7 @@ class RestorePlan:
         gap = f", bring {end - start} more blocks beside it" if end else ""
         return (
             f"{self.why}: load {self.load_host_blocks} and stage {self.stage_disk_blocks} blocks, compute "
-            f"{self.recompute_tokens} tokens{gap} in {self.ttft_s:.4g} s ({self.recompute_ttft_s:.4g} s if nothing is "
-            f"loaded, {self.load_ttft_s:.4g} s if all is)"
+            f"{self.recompute_tokens} tokens{gap} in {self.ttft_s:.4g} s"
         )
 
 
@@ -293,23 +288,27 @@ class _Outlook:
         reach = self.reach
         return max(0.0, reach.disk_wait_s + blocks * self._disk_s - reach.hidden_s - beside_s)
 
-    def load_s(self, split: int) -> float:
-        reach = self.reach
-        return self.read_s(max(0, split - reach.host_blocks)) + (split - reach.device_blocks) * self._link_s
-
     def compute_s(self, split: int) -> float:
         cached = split * self.model.block_tokens
         return self.model.prefill.seconds(max(1, self.reach.prompt_tokens - cached), cached)
 
     def ttft_s(self, split: int) -> float:
-        return self.reach.hidden_s + self.load_s(split) + self.compute_s(split)
+        return self._sum_s(split, 0, 0)
 
     def delay_s(self, split: int) -> float:
         """What all together wait: the request itself, and those beside it for the device's and the disk's time that it
         takes."""
+        return self._sum_s(split, self.reach.others, self.reach.readers)
+
+    def _sum_s(self, split: int, others: int, readers: int) -> float:
+        """Written out, for it is most of what a decision takes."""
         reach = self.reach
-        device_s = (1 + reach.others) * self.compute_s(split)
-        return reach.hidden_s + self.load_s(split) + device_s + self.others_read_s(split - reach.host_blocks)
+        staged = split - reach.host_blocks
+        sum_s = reach.hidden_s + (split - reach.device_blocks) * self._link_s + (1 + others) * self.compute_s(split)
+        if staged > 0:
+            read_s = staged * self._disk_s
+            sum_s += max(0.0, reach.disk_wait_s + read_s - reach.hidden_s) + readers * read_s
+        return sum_s
 
     def others_read_s(self, blocks: int) -> float:
         """What those who wait for the disk wait together for so many blocks, if any."""
@@ -403,16 +402,13 @@ class _Outlook:
 def _plan(outlook: _Outlook, split: int, wanted: int, why: str) -> RestorePlan:
     """`split`: in blocks, with the room there is; `wanted`: the same with endless room."""
     reach = outlook.reach
-    ttft_s, recompute_s, load_s = (outlook.ttft_s(x) for x in (split, reach.device_blocks, reach.disk_blocks))
     return RestorePlan(
         min(split, reach.host_blocks) - reach.device_blocks,
         max(0, split - reach.host_blocks),
         max(0, wanted - max(split, reach.host_blocks)),
         (0, 0),
         max(1, reach.prompt_tokens - split * outlook.model.block_tokens),
-        ttft_s,
-        recompute_s,
-        load_s,
+        outlook.ttft_s(split),
         why,
     )
 
@@ -426,8 +422,6 @@ def _gap_plan(outlook: _Outlook, front: int, start: int, end: int) -> RestorePla
         (start, end),
         (start - front) * block + reach.prompt_tokens - end * block,
         outlook.gap_times_s(front, start, end)[0],
-        outlook.ttft_s(reach.device_blocks),
-        outlook.ttft_s(reach.disk_blocks),
         "least time",
     )
 

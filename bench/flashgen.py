@@ -18,7 +18,17 @@ from rich.console import Console
 
 from bench import flashgen_published as published
 from bench import report
-from bench.flashgen_runs import BOUND_S, MODELS, Point, Run, around_bound, run_all, throughput_at, with_clients
+from bench.flashgen_runs import (
+    BOUND_S,
+    MODELS,
+    Point,
+    Run,
+    around_bound,
+    at_equal_loads,
+    run_all,
+    throughput_at,
+    with_clients,
+)
 from jserve.console import RichProgress
 from jserve.errors import JserveError
 from jserve.simulation.arms import ABLATIONS, ARMS
@@ -207,7 +217,7 @@ def _at(curve: Sequence[Point], clients: int) -> Mapping[str, float]:
 
 def _print(console: Console, curves: Curves, metrics: Mapping[str, float]) -> None:
     models = [m for m in MODELS if (m, "jserve") in curves]
-    arms = [a for a in (*ARMS, *ABLATIONS) if (models[0], a) in curves]
+    arms = [a for a in ARMS if (models[0], a) in curves]
     rows: list[list[object]] = []
     for a in arms:
         rates = [throughput_at(curves[m, a]) for m in models]
@@ -216,6 +226,10 @@ def _print(console: Console, curves: Curves, metrics: Mapping[str, float]) -> No
     rows.append(["FlashGen, published", *(f"{published.THROUGHPUT_RATIO[m]:.2f}x" for m in models)])
     title = f"output tokens/s at {1e3 * BOUND_S:.0f} ms a token (simulated), and over the vllm arm"
     console.print(report.table(title, ["", *models], rows))
+    if (models[0], next(iter(ABLATIONS))) in curves:
+        equal = {m: at_equal_loads({a: curves[m, a] for a in ("jserve", *ABLATIONS)}) for m in models}
+        rows = [[a, *(f"{throughput_at(equal[m][a]):.0f}" for m in models)] for a in ("jserve", *ABLATIONS)]
+        console.print(report.table("one choice taken back, from equal loads (simulated)", ["", *models], rows))
     if DETAIL in models:
         clients = matched_clients(curves)
         rows = []

@@ -241,5 +241,11 @@ def _next_load(curve: Sequence[Point], step: int) -> int | None:
     return min(loads) - step if not any(within) and min(loads) > step else None
 
 
+def at_equal_loads(curves: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:
+    """By arm, the points under the loads that all of these arms ran: a finer curve bends, and would serve more."""
+    loads = set.intersection(*({point.run.clients for point in curve} for curve in curves.values()))
+    return {arm: [point for point in curve if point.run.clients in loads] for arm, curve in curves.items()}
+
+
 def with_clients(run: Run, clients: Iterable[int]) -> list[Run]:
     return [replace(run, clients=n) for n in clients]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench import flashgen_published as published
-from bench.flashgen_runs import HOST_GB, MODELS, Point, read_points, throughput_at
+from bench.flashgen_runs import HOST_GB, MODELS, Point, at_equal_loads, read_points, throughput_at
 from jserve.simulation.arms import ABLATIONS, ARMS
 
 DETAIL = "opt-30b"
@@ -21,9 +21,10 @@ TIERS = ("device", "host", "disk")
 def tables(points: Sequence[Point]) -> Iterator[str]:
     """Each with its heading."""
     yield _throughput(points, ARMS)
-    for clients in _shared_loads(points):
-        yield _one_load(points, clients)
-    yield _throughput(points, ("jserve", *ABLATIONS))
+    as_published, busiest = _shared_loads(points)
+    yield _one_load(points, as_published, published.TTFT_P95_S[DETAIL])
+    yield _one_load(points, busiest, {})
+    yield _ablations(points)
     yield _host_memory(points)
     yield _long_prompts(points)
     yield _hits(points)
@@ -43,32 +44,42 @@ def _markdown(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def _throughput(points: Sequence[Point], arms: Iterable[str]) -> str:
-    rows, arms = [], list(arms)
+    rows = []
     for arm in arms:
-        cells = []
-        for model in MODELS:
-            curve, vllm = _of(points, model, arm), _of(points, model, "vllm")
-            rate = throughput_at(curve) if curve else float("nan")
-            cells.append(f"{rate:.0f} ({rate / throughput_at(vllm):.2f}x)" if curve and vllm else "")
-        rows.append([f"`{arm}`", *cells])
-    said = [f"{published.THROUGHPUT_RATIO[model]:.2f}x" for model in MODELS]
-    rows += [["FlashGen over vLLM, published", *said]] if "vllm" in arms else []
+        rates = {model: throughput_at(_of(points, model, arm)) for model in MODELS}
+        over = {model: rate / throughput_at(_of(points, model, "vllm")) for model, rate in rates.items()}
+        rows.append([f"`{arm}`", *(f"{rates[model]:.0f} ({over[model]:.2f}x)" for model in MODELS)])
+    rows.append(["FlashGen over vLLM, published", *(f"{published.THROUGHPUT_RATIO[model]:.2f}x" for model in MODELS)])
     return _markdown("Output tokens/s at 100 ms a token, and over the vllm arm", ["arm", *MODELS], rows)
 
 
-def _shared_loads(points: Sequence[Point]) -> list[int]:
+def _ablations(points: Sequence[Point]) -> str:
+    arms = ("jserve", *ABLATIONS)
+    curves = {model: at_equal_loads({arm: _of(points, model, arm) for arm in arms}) for model in MODELS}
+    rows = [[f"`{arm}`", *(f"{throughput_at(curves[model][arm]):.0f}" for model in MODELS)] for arm in arms]
+    loads = "; ".join(f"{model} {_loads(curves[model]['jserve'])}" for model in MODELS)
+    heading = f"One choice of the jserve arm taken back: output tokens/s at 100 ms a token, from equal loads ({loads})"
+    return _markdown(heading, ["", *MODELS], rows)
+
+
+def _loads(curve: Sequence[Point]) -> str:
+    return ", ".join(str(point.run.clients) for point in curve)
+
+
+def _shared_loads(points: Sequence[Point]) -> tuple[int, int]:
     """Where the vllm arm is as late as published, and where memory is short in every arm."""
     loads = set.intersection(*({p.run.clients for p in _of(points, DETAIL, arm)} for arm in ARMS))
     wanted_s = published.TTFT_P95_S[DETAIL]["vllm"]
     vllm = {p.run.clients: p.numbers["ttft_p95_s"] for p in _of(points, DETAIL, "vllm")}
-    return [min(loads, key=lambda n: abs(vllm[n] - wanted_s)), max(loads)]
+    return min(loads, key=lambda n: abs(vllm[n] - wanted_s)), max(loads)
 
 
-def _one_load(points: Sequence[Point], clients: int) -> str:
+def _one_load(points: Sequence[Point], clients: int, ttfts_s: Mapping[str, float]) -> str:
+    """`ttfts_s`: published, by arm, if they were under this load."""
     rows = []
     for arm in ARMS:
         (point,) = (p for p in _of(points, DETAIL, arm) if p.run.clients == clients)
-        n, said = point.numbers, published.TTFT_P95_S[DETAIL].get(arm)
+        n, said = point.numbers, ttfts_s.get(arm)
         rows.append(
             [
                 f"`{arm}`",

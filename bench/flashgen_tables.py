@@ -166,7 +166,12 @@ def _prompt_phase(points: Sequence[Point]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.flashgen_tables", description=__doc__)
     parser.add_argument("points", type=Path, help="what bench.flashgen --points has written, of a whole run")
-    for table in tables(read_points(parser.parse_args().points)):
+    path = parser.parse_args().points
+    try:
+        points = read_points(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{path} does not hold points ({error}): make them with bench.flashgen --points {path}")
+    for table in tables(points):
         print(table)
     return 0
 

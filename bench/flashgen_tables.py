@@ -169,8 +169,15 @@ def main() -> int:
     path = parser.parse_args().points
     try:
         points = read_points(path)
+        if not points:
+            raise ValueError("it is empty")
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"{path} does not hold points ({error}): make them with bench.flashgen --points {path}")
+    run = points[0].run
+    print(
+        f"Simulated: {len(points)} points, seed {run.seed}, blocks of {run.block_tokens} tokens. Written by "
+        "`python -m bench.flashgen_tables`.\n"
+    )
     for table in tables(points):
         print(table)
     return 0

@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint bench a100 gpu golden proto clean
+.PHONY: help demo test lint fuzz bench a100 gpu golden proto clean
 
 help:
 	@echo "make demo    set up, then a two-turn chat with the embedded model through a real server"
 	@echo "make test    set up, then lint, type checks and all tests"
 	@echo "make lint    ruff and mypy alone"
+	@echo "make fuzz    the random tests alone, on examples that no run has drawn yet"
 	@echo "make bench   serve real multi-turn dialogues and print throughput and latency"
 	@echo "make a100    compile for an A100 with no GPU: fits, in place, copies, collectives, registers"
 	@echo "make gpu     GPU tests and benchmarks, with the python and packages that are installed already"
@@ -36,6 +37,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/.test
+	$(BIN)/pytest -m hypothesis --hypothesis-profile=fuzz
 
 bench: $(VENV)/.run
 	$(BIN)/python -m bench.serve

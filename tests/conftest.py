@@ -1,13 +1,16 @@
 """Tests run on two virtual CPU devices, so that tensor parallelism is tested on any machine.
 
 Programs that many tests compile alike are compiled once: JAX keeps them beside pytest's own cache. The benchmarks are
-run from the root, not installed: `bench` is made importable here without the root on sys.path.
+run from the root, not installed: `bench` is made importable here without the root on sys.path. Random tests draw the
+same examples in every run, so that a run tells of the change and not of luck; `make fuzz` draws new ones.
 """
 
 import importlib.util
 import os
 import sys
 from pathlib import Path
+
+from hypothesis import settings
 
 # Before JAX is imported; a GPU job sets its own.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
@@ -26,3 +29,7 @@ if "bench" not in sys.modules:
     assert spec.loader is not None
     sys.modules["bench"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["bench"])
+
+settings.register_profile("same", derandomize=True)
+settings.register_profile("fuzz", derandomize=False, print_blob=True)
+settings.load_profile("same")

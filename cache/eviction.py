@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from jserve.cache.block_keys import reach
 from jserve.errors import ConfigError
 
 Rank = tuple[float, float]
+_Place = tuple[float, float, bytes]
+"""In a heap: a rank, flat, for these are compared all the time; and whose it is."""
 
 
-@dataclass(slots=True)
-class Entry:
+class Entry(msgspec.Struct, gc=False):
     """What a rank may depend on. `inserted` and `used` are readings of one counter, which never repeats."""
 
     parent: bytes | None
@@ -38,7 +40,7 @@ class Entry:
     """Place of the first waiting request whose need ends with this block, or with one after it that has gone; None if
     there is none."""
     rank: Rank | None = None
-    """The rank that is in the heap; None while the block may not go."""
+    """Under which it is in the heap; None if it is not there, as a block that may not go need not be."""
 
 
 def lru(entry: Entry) -> Rank:
@@ -83,8 +85,8 @@ class EvictionOrder:
         self._rank = STRATEGIES[strategy]
         self._entries: dict[bytes, Entry] = {}
         self._children: dict[bytes, int] = {}  # of any parent, in the tier or not: it may come (back) after them
-        self._heap: list[tuple[Rank, bytes]] = []  # with stale ranks, which are dropped when they surface
-        self._far: list[tuple[Rank, bytes]] = []  # the same with negative ranks, where those are times
+        self._heap: list[_Place] = []  # with stale ranks, which are dropped when they surface
+        self._far: list[_Place] = []  # the same with negative ranks, where those are times
         self._positions: dict[bytes, int] = {}
         self._clock = 0
         self.now_s = 0.0
@@ -103,27 +105,30 @@ class EvictionOrder:
     def is_pinned(self, key: bytes) -> bool:
         return self._entries[key].pins > 0
 
-    def insert(self, key: bytes, parent: bytes | None = None, due_s: float | None = None) -> None:
-        """A block has come into the tier, unpinned. `parent`: the block before it in its chain, if known. `due_s`: when
-        it is predicted to be used, if anything is."""
+    def insert(
+        self, key: bytes, parent: bytes | None = None, due_s: float | None = None, *, pinned: bool = False
+    ) -> None:
+        """A block has come into the tier. `parent`: the block before it in its chain, if known. `due_s`: when it is
+        predicted to be used, if anything is."""
         if key in self._entries:
             raise ValueError(f"block {key.hex()} is in this tier already")
         now = self._tick()
-        self._entries[key] = Entry(None, now, now, self.now_s if due_s is None else due_s)
-        self._adopt(key, parent)
-        self._refresh(key)
+        entry = self._entries[key] = Entry(None, now, now, self.now_s if due_s is None else due_s, int(pinned))
+        self._adopt(entry, parent)
+        self._offer(key, entry)
 
     def touch(self, key: bytes) -> None:
         """The block was used."""
         entry = self._entries[key]
         entry.used, entry.due_s = self._tick(), self.now_s
-        self._refresh(key)
+        self._offer(key, entry)
 
     def expect(self, key: bytes, due_s: float) -> None:
         """The block, if it is here, is predicted to be used then."""
-        if key in self._entries:
-            self._entries[key].due_s = due_s
-            self._refresh(key)
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.due_s = due_s
+            self._offer(key, entry)
 
     def use(self, chain: Sequence[bytes], count: int) -> None:
         """The first `count` blocks of a chain were used."""
@@ -133,19 +138,18 @@ class EvictionOrder:
     def learn(self, key: bytes, parent: bytes | None) -> None:
         """The parent of a block that came without one, as what an earlier process has left."""
         if key in self._entries:
-            self._adopt(key, parent)
+            self._adopt(self._entries[key], parent)
 
     def pin(self, key: bytes) -> None:
         """Keep the block until as many `unpin`."""
         self._entries[key].pins += 1
-        self._refresh(key)
 
     def unpin(self, key: bytes) -> None:
         entry = self._entries[key]
         if entry.pins == 0:
             raise ValueError(f"block {key.hex()} is unpinned, but nobody has pinned it")
         entry.pins -= 1
-        self._refresh(key)
+        self._offer(key, entry)
 
     def remove(self, key: bytes) -> None:
         """The block has left the tier, pinned or not, with children or without."""
@@ -174,13 +178,15 @@ class EvictionOrder:
         overdue_s, ahead_s = self.now_s - self._entries[first].due_s, self._entries[last].due_s - self.now_s
         return first if overdue_s >= ahead_s else last
 
-    def _top(self, heap: list[tuple[Rank, bytes]], sign: int) -> bytes | None:
-        """The block whose rank, times `sign`, is first in a heap."""
+    def _top(self, heap: list[_Place], sign: int) -> bytes | None:
+        """The block whose rank, times `sign`, is first in a heap, of those that may go."""
         while heap:
-            (a, b), key = heap[0]
+            a, b, key = heap[0]
             entry = self._entries.get(key)
             if entry is not None and entry.rank == (sign * a, sign * b):
-                return key
+                if self._may_go(key, entry):
+                    return key
+                entry.rank = None
             heapq.heappop(heap)
         return None
 
@@ -200,7 +206,7 @@ class EvictionOrder:
             entry = self._entries.get(key)
             if entry is not None:
                 entry.position = self._positions.get(key)
-                self._refresh(key)
+                self._offer(key, entry)
 
     def _bequeath(self, key: bytes, entry: Entry) -> None:
         """The parent was used when its child was, and is needed where its child is."""
@@ -213,20 +219,16 @@ class EvictionOrder:
         if place is not None:
             parent.position = place if parent.position is None else min(parent.position, place)
             self._positions[entry.parent] = parent.position
-        self._refresh(entry.parent)
 
     def _tick(self) -> int:
         self._clock += 1
         return self._clock
 
-    def _adopt(self, key: bytes, parent: bytes | None) -> None:
-        entry = self._entries[key]
+    def _adopt(self, entry: Entry, parent: bytes | None) -> None:
         if parent is None or entry.parent is not None:
             return
         entry.parent = parent
         self._children[parent] = self._children.get(parent, 0) + 1
-        if parent in self._entries:
-            self._refresh(parent)
 
     def _disown(self, entry: Entry) -> None:
         if entry.parent is None:
@@ -234,28 +236,37 @@ class EvictionOrder:
         left = self._children[entry.parent] - 1
         if left:
             self._children[entry.parent] = left
-        else:
-            del self._children[entry.parent]
-            if entry.parent in self._entries:
-                self._refresh(entry.parent)
+            return
+        del self._children[entry.parent]
+        parent = self._entries.get(entry.parent)
+        if parent is not None:
+            self._offer(entry.parent, parent)
 
-    def _refresh(self, key: bytes) -> None:
-        """Put the block where its rank is now, or out of the order while it may not go."""
-        entry = self._entries[key]
-        rank = None if entry.pins or key in self._children else self._rank(entry)
+    def _may_go(self, key: bytes, entry: Entry) -> bool:
+        return not entry.pins and key not in self._children
+
+    def _offer(self, key: bytes, entry: Entry) -> None:
+        """Put the block where its rank is now, if it may go. One that may not is taken out of the order only when it
+        comes up (`_top`): most are pinned, and have children, for but a while."""
+        if not self._may_go(key, entry):
+            return
+        rank = self._rank(entry)
         if rank == entry.rank:
             return
         entry.rank = rank
-        if rank is not None:
-            heapq.heappush(self._heap, (rank, key))
-            if self._rank is by_return:
-                heapq.heappush(self._far, ((-rank[0], -rank[1]), key))
-            if max(len(self._heap), len(self._far)) > 2 * len(self._entries) + 64:
-                self._drop_stale()
+        a, b = rank
+        heapq.heappush(self._heap, (a, b, key))
+        if self._rank is by_return:
+            heapq.heappush(self._far, (-a, -b, key))
+        if max(len(self._heap), len(self._far)) > 2 * len(self._entries) + 64:
+            self._drop_stale()
 
     def _drop_stale(self) -> None:
-        self._heap = [(e.rank, k) for k, e in self._entries.items() if e.rank is not None]
+        for key, entry in self._entries.items():
+            if not self._may_go(key, entry):
+                entry.rank = None
+        self._heap = [(*e.rank, k) for k, e in self._entries.items() if e.rank is not None]
         heapq.heapify(self._heap)
         if self._rank is by_return:
-            self._far = [((-a, -b), k) for (a, b), k in self._heap]
+            self._far = [(-a, -b, k) for a, b, k in self._heap]
             heapq.heapify(self._far)

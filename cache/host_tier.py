@@ -71,8 +71,7 @@ class HostTier:
             return None
         self._slot_of[key], self._parent_of[key] = slot, parent
         self._filling.add(key)
-        self._order.insert(key, parent, due_s)
-        self._order.pin(key)
+        self._order.insert(key, parent, due_s, pinned=True)
         return slot
 
     def borrow(self) -> int | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jserve.cache.restore import GapRead, Read
+from jserve.cache.restore import Read
 from jserve.cache.returns import Sleep
 from jserve.cache.staging import READS_IN_FLIGHT, StagingRegion
 from jserve.cache.tiers import Tiers
@@ -57,7 +57,7 @@ class ReadAhead:
         if not self.seconds or not tiers.disk_is_read or self.staging.unread or self.staging.deferred:
             return
         most = max(1, min(READS_IN_FLIGHT, int(self.seconds / tiers.cost.stage_s(1))))
-        for _ in range(most - tiers.in_flight(Read | GapRead)):
+        for _ in range(most - self.staging.reading):
             if not self._read_next():
                 return
 

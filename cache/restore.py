@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from jserve.cache.host_tier import HostTier
 from jserve.cache.kv_cache import BlockTable
 
@@ -73,16 +75,14 @@ class Restore:
         self.pin = key
 
 
-@dataclass(slots=True)
-class Store:
+class Store(msgspec.Struct, gc=False):
     """Device to host, of blocks whose slots are being filled."""
 
     keys: list[bytes]
     start_s: float
 
 
-@dataclass(slots=True)
-class Load:
+class Load(msgspec.Struct, gc=False):
     """Host to device, for one request."""
 
     restore: Restore
@@ -92,8 +92,7 @@ class Load:
     start_s: float
 
 
-@dataclass(slots=True)
-class Read:
+class Read(msgspec.Struct, gc=False):
     """Disk to host, of one block."""
 
     key: bytes
@@ -104,16 +103,14 @@ class Read:
     start_s: float
 
 
-@dataclass(slots=True)
-class Write:
+class Write(msgspec.Struct, gc=False):
     """Host to disk, of one block, which is pinned."""
 
     key: bytes
     start_s: float
 
 
-@dataclass(slots=True)
-class GapRead:
+class GapRead(msgspec.Struct, gc=False):
     """Disk to a host slot of one request's own, of one block of its gap."""
 
     key: bytes
@@ -124,8 +121,7 @@ class GapRead:
     start_s: float
 
 
-@dataclass(slots=True)
-class GapLoad:
+class GapLoad(msgspec.Struct, gc=False):
     """Host to device, of blocks of one request's gap."""
 
     gap: Gap

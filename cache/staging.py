@@ -43,10 +43,15 @@ class StagingRegion:
         return max(0, self.blocks - self.taken)
 
     @property
+    def reading(self) -> int:
+        """Reads under way, for whomever."""
+        return self.tiers.in_flight(Read) + self.tiers.in_flight(GapRead)
+
+    @property
     def wait_s(self) -> float:
         """What the disk takes for all that was promised, and not read yet."""
         unread = sum(reader.num_unread for reader in self.unread)
-        return self.tiers.cost.stage_s(unread + self.tiers.in_flight(Read | GapRead))
+        return self.tiers.cost.stage_s(unread + self.reading)
 
     # --- room ---------------------------------------------------------------------------------------------------
 
@@ -71,7 +76,7 @@ class StagingRegion:
 
     def step(self) -> None:
         """Start reads, as many as may be under way."""
-        room = READS_IN_FLIGHT - self.tiers.in_flight(Read | GapRead)
+        room = READS_IN_FLIGHT - self.reading
         if room <= 0 or not self.unread:
             return
         turns = [(self._turn(reader), i, reader) for i, reader in enumerate(self.unread)]

@@ -6,9 +6,9 @@ Every operation of the Transfer door has a ticket here, and the part that has st
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import UnionType
 
 from jserve.cache.cost import CostModel, LinkCost
 from jserve.cache.disk_tier import DiskTier
@@ -43,6 +43,8 @@ class Tiers:
     """Whether a block was lost since they were last told."""
     under_way: dict[int, Operation] = field(default_factory=dict)
     """By ticket."""
+    _in_flight: Counter[type[Operation]] = field(default_factory=Counter)
+    """How many of each kind these are."""
     _next_ticket: int = 0
 
     def __post_init__(self) -> None:
@@ -76,22 +78,27 @@ class Tiers:
         """For an operation that starts now."""
         self._next_ticket += 1
         self.under_way[self._next_ticket] = operation
+        self._in_flight[type(operation)] += 1
         return self._next_ticket
 
-    def in_flight(self, kind: type[Operation] | UnionType) -> int:
-        return sum(isinstance(operation, kind) for operation in self.under_way.values())
+    def in_flight(self, kind: type[Operation]) -> int:
+        return self._in_flight[kind]
 
     def ended(self) -> Iterator[tuple[Operation, Completion]]:
         """What has ended since the last call, and somebody has waited for."""
         for completion in self.transfer.poll():
-            operation = self.under_way.pop(completion.ticket, None)
-            if operation is not None:
-                yield operation, completion
+            if completion.ticket in self.under_way:
+                yield self._forget(completion.ticket), completion
 
     def cancel(self, ticket: int) -> Operation:
         """It touches nothing any more, and its end is not told."""
         self.transfer.cancel(ticket)
-        return self.under_way.pop(ticket)
+        return self._forget(ticket)
+
+    def _forget(self, ticket: int) -> Operation:
+        operation = self.under_way.pop(ticket)
+        self._in_flight[type(operation)] -= 1
+        return operation
 
     def lose(self, key: bytes) -> None:
         """A block that was on its way to the host has not come."""

@@ -5,8 +5,9 @@ The hierarchy decides what to copy; behind this protocol stand real copies (`jse
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 STORES_BESIDE_POOL, LOADS_BESIDE_POOL = 64, 64
 """Blocks on their way from and to the pool, which take device memory beside it: so many at once, and no more."""
@@ -19,8 +20,7 @@ def stores_a_step(token_budget: int, block_size: int) -> int:
     return max(LEAST_STORES, min(STORES_BESIDE_POOL, token_budget // block_size))
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(msgspec.Struct, frozen=True, gc=False):
     """The end of one operation. `ticket` is the caller's own name for it."""
 
     ticket: int

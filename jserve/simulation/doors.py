@@ -164,12 +164,8 @@ class _Link:
         return self.free_s, seconds
 
 
-@dataclass(order=True, slots=True)
-class _Copy:
-    end_s: float
-    ticket: int
-    seconds: float = field(compare=False)
-    num_bytes: int = field(compare=False)
+_Copy = tuple[float, int, float, int]
+"""When it ends, its ticket, what it takes in seconds, and its bytes."""
 
 
 class TimedTransfer:
@@ -210,12 +206,12 @@ class TimedTransfer:
         now_s, ended = self._clock.now(), []
         while self._reads and self._reads[0] <= now_s:
             self._reads.popleft()
-        while self._copies and self._copies[0].end_s <= now_s:
-            copy = heapq.heappop(self._copies)
-            if copy.ticket in self._cancelled:
-                self._cancelled.remove(copy.ticket)
+        while self._copies and self._copies[0][0] <= now_s:
+            _, ticket, seconds, num_bytes = heapq.heappop(self._copies)
+            if ticket in self._cancelled:
+                self._cancelled.remove(ticket)
             else:
-                ended.append(Completion(copy.ticket, seconds=copy.seconds, num_bytes=copy.num_bytes))
+                ended.append(Completion(ticket, seconds=seconds, num_bytes=num_bytes))
         return ended
 
     @property
@@ -229,7 +225,7 @@ class TimedTransfer:
     def _start(self, link: _Link, ticket: int, blocks: int, copies: float) -> None:
         now_s, num_bytes = self._clock.now(), blocks * self._block_bytes
         end_s, seconds = link.start(now_s, num_bytes, copies)
-        heapq.heappush(self._copies, _Copy(end_s, ticket, seconds, num_bytes))
+        heapq.heappush(self._copies, (end_s, ticket, seconds, num_bytes))
 
     def _next_s(self) -> float:
-        return self._copies[0].end_s if self._copies else math.inf
+        return self._copies[0][0] if self._copies else math.inf

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from jserve.engine import Engine
 from jserve.sched.plan import StepPlan
 from jserve.simulation.playing import Played
@@ -11,8 +13,7 @@ from jserve.simulation.playing import Played
 SAMPLES = 2048
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True, gc=False):
     """The engine over a stretch of time, in its mean."""
 
     time_s: float

@@ -47,15 +47,16 @@ class BlockPool:
         """Exactly `count` blocks, held once each and forgotten by the index; or None, and nothing has changed."""
         if count > self.num_free:
             return None
-        blocks = []
-        for _ in range(count):
-            if self._blank:
-                block = self._blank.pop()
-            else:
-                block, _ = self._reclaimable.popitem(last=False)
-                self._index.forget(block)
-            self._refs[block] = 1
+        blanks = max(0, len(self._blank) - count)
+        blocks = self._blank[blanks:]
+        blocks.reverse()
+        del self._blank[blanks:]
+        while len(blocks) < count:
+            block, _ = self._reclaimable.popitem(last=False)
+            self._index.forget(block)
             blocks.append(block)
+        for block in blocks:
+            self._refs[block] = 1
         return blocks
 
     def hold(self, blocks: Iterable[int]) -> None:
@@ -69,10 +70,11 @@ class BlockPool:
     def release(self, blocks: Iterable[int]) -> None:
         """One reference less on each; those that nobody holds any more become reclaimable, in this order."""
         for block in blocks:
-            if self._refs[block] <= 0:
+            left = self._refs[block] - 1
+            if left < 0:
                 raise ValueError(f"block {block} is released, but nobody holds it")
-            self._refs[block] -= 1
-            if self._refs[block] == 0:
+            self._refs[block] = left
+            if not left:
                 if self._index.has_block(block):
                     self._reclaimable[block] = None
                 else:

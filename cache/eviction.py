@@ -102,6 +102,10 @@ class EvictionOrder:
         """When the block came into the tier, in a count that never repeats."""
         return self._entries[key].inserted
 
+    def parent(self, key: bytes) -> bytes | None:
+        """The block before it in its chain, if known."""
+        return self._entries[key].parent
+
     def is_pinned(self, key: bytes) -> bool:
         return self._entries[key].pins > 0
 
@@ -115,7 +119,8 @@ class EvictionOrder:
         now = self._tick()
         entry = self._entries[key] = Entry(None, now, now, self.now_s if due_s is None else due_s, int(pinned))
         self._adopt(entry, parent)
-        self._offer(key, entry)
+        if not pinned:
+            self._offer(key, entry)
 
     def touch(self, key: bytes) -> None:
         """The block was used."""

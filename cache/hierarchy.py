@@ -28,6 +28,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import asdict
+from itertools import takewhile
 
 from jserve.cache.block_keys import extend_keys
 from jserve.cache.cost import CostModel, Reach, RestorePlan, Strategy, SwapDecision, swap_or_recompute
@@ -467,7 +468,8 @@ class TieredCache(KVCache):
             del self._timed[restore]
             self._give_up_waiting(restore)
         late_s = self.tiers.now_s - self.wait_limit_s
-        for ticket in [t for t, operation in self.tiers.under_way.items() if operation.start_s <= late_s]:
+        under_way = self.tiers.under_way.items()  # in the order in which they began
+        for ticket in [t for t, _ in takewhile(lambda item: item[1].start_s <= late_s, under_way)]:
             operation = self.tiers.under_way.get(ticket)
             if operation is None or not self._may_be_late(operation):
                 continue  # nobody needs it any more, now that another is given up; or it only waits for its turn

@@ -27,7 +27,6 @@ class HostTier:
         """Of the link to the device, one for each direction."""
         self._order = EvictionOrder(eviction)
         self._slot_of: dict[bytes, int] = {}
-        self._parent_of: dict[bytes, bytes | None] = {}
         self._filling: set[bytes] = set()
         self._write_back: OrderedDict[bytes, None] = OrderedDict()
         self._blank = list(range(num_slots - 1, -1, -1))
@@ -61,7 +60,7 @@ class HostTier:
 
     def parent(self, key: bytes) -> bytes | None:
         """The block before it in its chain, if known."""
-        return self._parent_of[key]
+        return self._order.parent(key)
 
     def reserve(self, key: bytes, parent: bytes | None, due_s: float | None = None) -> int | None:
         """A slot to fill with a new block, evicting another if needed, but never its parent, without which nobody could
@@ -69,7 +68,7 @@ class HostTier:
         slot = self._blank.pop() if self._blank else self._evict(keep=parent)
         if slot is None:
             return None
-        self._slot_of[key], self._parent_of[key] = slot, parent
+        self._slot_of[key] = slot
         self._filling.add(key)
         self._order.insert(key, parent, due_s, pinned=True)
         return slot
@@ -112,7 +111,6 @@ class HostTier:
 
     def _forget(self, key: bytes) -> int:
         self._write_back.pop(key, None)
-        del self._parent_of[key]
         self.on_leave(key)
         return self._slot_of.pop(key)
 

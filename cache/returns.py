@@ -163,8 +163,8 @@ class Returns:
     def soonest_away(self, now_s: float) -> Sleep | None:
         """Of those that the host has lost blocks of, the one whose return is nearest."""
         at = bisect_left(self._away, (now_s, b""))
-        near = [self._sleeping[leaf] for _, leaf in self._away[max(0, at - 1) : at + 1]]
-        return min(near, key=lambda sleep: sleep.distance_s(now_s), default=None)
+        near = min(self._away[max(0, at - 1) : at + 1], key=lambda entry: abs(entry[0] - now_s), default=None)
+        return None if near is None else self._sleeping[near[1]]
 
     def _is_away(self, sleep: Sleep) -> bool:
         entry = (sleep.due_s, sleep.leaf)

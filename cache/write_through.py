@@ -93,17 +93,14 @@ class WriteThrough:
 
     def _store(self, blocks: Iterable[Source]) -> None:
         """Copy to the host what it has slots for."""
-        host = self.tiers.host
+        host, due_s, written = self.tiers.host, self.tiers.returns.due_s, self.tiers.host_is_written
         keys: list[bytes] = []
         slots: list[int] = []
         sources: list[int] = []
         for key, parent, block in blocks:
             # Without its parent on the host nobody could find it there.
-            slot = (
-                host.reserve(key, parent, self.tiers.returns.due_s(key))
-                if self.tiers.host_is_written and (parent is None or parent in host)
-                else None
-            )
+            there = written and (parent is None or parent in host)
+            slot = host.reserve(key, parent, due_s(key)) if there else None
             if slot is None:
                 self.tiers.stats.skipped_stores += 1
                 continue
@@ -119,9 +116,10 @@ class WriteThrough:
         if end.error is not None:
             self._fail(store, end.error)
             return
-        tiers.host.writing.works()
+        host, disk = tiers.host, tiers.disk
+        host.writing.works()
         for key in store.keys:
-            tiers.host.fill(key, write_back=tiers.disk is not None and key not in tiers.disk)
+            host.fill(key, write_back=disk is not None and key not in disk)
         stats.stored_blocks += len(store.keys)
         stats.stored_bytes += end.num_bytes
         tiers.observe(tiers.cost.device_to_host, end, len(store.keys) / tiers.cost.blocks_per_copy)

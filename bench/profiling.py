@@ -1,7 +1,8 @@
 """`--profile DIR` of every benchmark that runs an engine or a device: a JAX profiler trace, and the time by phase.
 
 An engine traces a window of steps (`jserve.profiler.StepWindow`), which its runner's settings choose: `of(args)` gives
-them, and `flags_of(args)` the same for `jserve serve`. A benchmark without an engine is traced whole, by `traced`.
+them, and `flags_of(args)` the same for `jserve serve`. Where one runner serves many engines, `steps` traces a window of
+one of them. A benchmark without an engine is traced whole, by `traced`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,15 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 from jserve.config import RunnerConfig
+
+if TYPE_CHECKING:
+    from jserve.runner import Runner
+
+
+Parser: TypeAlias = "argparse.ArgumentParser | argparse._ArgumentGroup"
 
 
 class Window(TypedDict):
@@ -23,7 +30,7 @@ class Window(TypedDict):
     profile_steps: int
 
 
-def add_argument(parser: argparse.ArgumentParser, *, skip: int = RunnerConfig.profile_skip) -> None:
+def add_argument(parser: Parser, *, skip: int = RunnerConfig.profile_skip) -> None:
     """`skip`: steps after which this benchmark does what is worth looking at."""
     add_directory(parser, "trace some steps")
     parser.add_argument(
@@ -35,7 +42,7 @@ def add_argument(parser: argparse.ArgumentParser, *, skip: int = RunnerConfig.pr
     )
 
 
-def add_directory(parser: argparse.ArgumentParser, what: str = "trace what is measured") -> None:
+def add_directory(parser: Parser, what: str = "trace what is measured") -> None:
     """For a benchmark without steps."""
     parser.add_argument(
         "--profile", type=Path, metavar="DIR", help=f"{what}, for TensorBoard and Perfetto, and time the phases"
@@ -53,6 +60,21 @@ def flags_of(args: argparse.Namespace) -> list[str]:
         return []
     window = {"dir": args.profile, "skip": args.profile_skip, "steps": args.profile_steps}
     return [part for name, value in window.items() for part in (f"--profile-{name}", str(value))]
+
+
+@contextmanager
+def steps(runner: Runner, window: Window, name: str, note: Callable[[str], None]) -> Iterator[None]:
+    """Trace a window of the steps that the runner takes within, into the folder of this name."""
+    from jserve.profiler import StepWindow
+
+    directory = window["profile_dir"]
+    assert directory is not None
+    runner.profile = StepWindow(directory / name, window["profile_skip"], window["profile_steps"], note)
+    try:
+        yield
+    finally:
+        runner.profile.close()
+        runner.profile = None
 
 
 def told(args: argparse.Namespace) -> str:

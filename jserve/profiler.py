@@ -57,6 +57,9 @@ class StepWindow:
     def close(self) -> None:
         """End the trace, whole or not, and tell where the time went."""
         if not self._tracing:
+            if self._launched <= self._skip:
+                said = f"all {self._launched} steps came before its window: skip fewer than {self._skip}"
+                self._note(f"no profile in {self._directory}: {said}")
             return
         self._tracing = False
         jax.profiler.stop_trace()

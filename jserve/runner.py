@@ -133,11 +133,10 @@ class Runner:
             progress.note(table_of(self.reports))
             self._rehearse()
         said = config.runner
-        self._profile = (
-            StepWindow(said.profile_dir, said.profile_skip, said.profile_steps, progress.note)
-            if said.profile_dir is not None
-            else None
-        )
+        self.profile: StepWindow | None = None
+        """Traces some of the steps to come."""
+        if said.profile_dir is not None:
+            self.profile = StepWindow(said.profile_dir, said.profile_skip, said.profile_steps, progress.note)
         self._compiles.reset()
 
     @classmethod
@@ -237,8 +236,8 @@ class Runner:
         return jax.profiler.TraceAnnotation(name)
 
     def launch(self, plan: StepPlan) -> XlaStep:
-        if self._profile is not None:
-            self._profile.launch()
+        if self.profile is not None:
+            self.profile.launch()
         start = time.perf_counter()
         for sequence in plan.admitted:
             self._admit(sequence)
@@ -359,8 +358,8 @@ class Runner:
 
     def close(self) -> None:
         """Free the device memory."""
-        if self._profile is not None:
-            self._profile.close()
+        if self.profile is not None:
+            self.profile.close()
         self._compiles.close()
         for array in (*self._k, *self._v, *self._leaves, *self._state):
             array.delete()

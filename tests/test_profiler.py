@@ -64,7 +64,9 @@ def test_a_window_that_is_not_whole_when_the_engine_closes_is_written_all_the_sa
 
 
 def test_no_profile_is_an_error_that_says_why(tmp_path: Path) -> None:
-    assert "profile" not in "".join(serve(tmp_path / "none", skip=100, steps=1, tokens=2))
+    notes = serve(tmp_path / "none", skip=100, steps=1, tokens=2)
+    assert notes[-1].startswith(f"no profile in {tmp_path / 'none'}: all ")
+    assert notes[-1].endswith("came before its window: skip fewer than 100")
     with pytest.raises(ConfigError, match="its window of steps was never reached"):
         read_phases(tmp_path / "none")
 

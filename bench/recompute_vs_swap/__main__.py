@@ -20,16 +20,21 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import report
+from bench import profiling, report
 from bench.recompute_vs_swap.sweeps import Sweep, table
 from bench.shapes import SHAPES
 from bench.timing import stoppable
 from jserve.console import RichProgress
 from jserve.errors import JserveError
 
+PROFILE_SKIP = 16
+"""Steps of a crowd before its trace: then the first give way."""
+
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if args.sim and args.profile is not None:
+        _parser().error("--profile traces the real engine: leave --sim out")
     screen = report.console(args)
     if not screen.is_terminal:
         screen.width = 200  # a log is read with all its columns
@@ -69,7 +74,7 @@ def _measure(args: argparse.Namespace, screen: Console) -> None:
     sizes = replace(sizes, **{name: value for name, value in given.items() if value is not None})
     if args.short:
         sizes = sizes.short()
-    found = measure(sizes, args.model, args.seed, RichProgress())
+    found = measure(sizes, args.model, args.seed, RichProgress(), profiling.of(args))
     for sweep in found.sweeps.values():
         _show(sweep, screen)
     for line in found.notes:
@@ -118,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     real.add_argument("--lengths", type=_numbers, metavar="N,N,...", help="A: tokens of the prompts")
     real.add_argument("--requests", type=_numbers, metavar="N,N,...", help="D: requests at once, as 32,64,128")
     real.add_argument("--turns", type=int, metavar="N", help="A and B: times that each is measured")
+    profiling.add_argument(real, skip=PROFILE_SKIP)
     report.add_arguments(parser)
     return parser
 

@@ -12,9 +12,10 @@ from statistics import median
 
 import jax
 
+from bench import profiling
 from bench.noise import Noise
 from bench.recompute_vs_swap import real_crowds, real_returns
-from bench.recompute_vs_swap.real_crowds import PlayedWays, Point, play_each_way, same_tokens, sharegpt_like
+from bench.recompute_vs_swap.real_crowds import PlayedWays, Point, play_each_way, play_once, same_tokens, sharegpt_like
 from bench.recompute_vs_swap.real_returns import Returned, returned
 from bench.recompute_vs_swap.scene import pool_blocks
 from bench.recompute_vs_swap.simulation import Request, fixed, over_time, zipf
@@ -161,8 +162,11 @@ def _excesses(sweep: Sweep) -> list[tuple[float, float]]:
     return [(excess(auto, min(recompute, swap)), noise) for recompute, swap, auto, noise in ways]
 
 
-def measure(sizes: Sizes, model: str | None, seed: int, progress: Progress) -> Measured:
-    """All sweeps. `model`: instead of the shape with random weights."""
+def measure(
+    sizes: Sizes, model: str | None, seed: int, progress: Progress, window: profiling.Window | None = None
+) -> Measured:
+    """All sweeps. `model`: instead of the shape with random weights. `window`: what to trace, of a crowd that is played
+    once more for it, each way, so that no measured time has a trace in it."""
     noise = Noise()
     size, _ = EngineConfig().block_and_budget(jax.default_backend())
     blocks = max(pool_blocks(max(sizes.evicted), size), max(*sizes.kv_tokens, sizes.crowd_kv_tokens) // size)
@@ -173,6 +177,8 @@ def measure(sizes: Sizes, model: str | None, seed: int, progress: Progress) -> M
             found.notes.append(SAME_MEMORY)
         _evicted_tokens(found, runner, sizes, seed, progress)
         _crowds(found, runner, sizes, seed, progress)
+        if window is not None and window["profile_dir"] is not None:
+            _profile(runner, cost, sizes, seed, window, progress)
     finally:
         runner.close()
     _block_sizes(found, model, sizes, seed, progress)
@@ -222,7 +228,7 @@ def _note_returns(found: Measured, points: Sequence[Returned]) -> None:
 
 
 def _crowds(found: Measured, runner: Runner, sizes: Sizes, seed: int, progress: Progress) -> None:
-    draws = {"kv_memory_zipf": ("Zipf", zipf(sizes.kv_requests, *sizes.zipf, 1 / 3, seed))}
+    draws = {"kv_memory_zipf": ("Zipf", _zipf_crowd(sizes, seed))}
     sharegpt = sharegpt_like(sizes.sharegpt_requests, sizes.sharegpt_scale, seed)
     if sharegpt is not None:
         draws["kv_memory_sharegpt"] = "ShareGPT", sharegpt
@@ -246,6 +252,20 @@ def _crowds(found: Measured, runner: Runner, sizes: Sizes, seed: int, progress: 
             if name == "kv_memory_zipf":
                 blocks = points[0].blocks(runner.info.block_size)
                 found.over_time = {way: over_time(runs[-1].as_run(), blocks) for way, runs in played[0].items()}
+
+
+def _profile(
+    runner: Runner, cost: CostModel, sizes: Sizes, seed: int, window: profiling.Window, progress: Progress
+) -> None:
+    """The crowd of sweep C on the least memory: there most give way."""
+    point = _by_memory(_zipf_crowd(sizes, seed), sizes)[0]
+    for way in WAYS:
+        with profiling.steps(runner, window, way, progress.note):
+            play_once(runner, cost, point, way, seed)
+
+
+def _zipf_crowd(sizes: Sizes, seed: int) -> list[Request]:
+    return zipf(sizes.kv_requests, *sizes.zipf, 1 / 3, seed)
 
 
 def _by_memory(requests: Sequence[Request], sizes: Sizes) -> list[Point]:

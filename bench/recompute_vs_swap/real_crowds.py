@@ -64,8 +64,11 @@ PlayedWays = Mapping[Way, Sequence[Played]]
 def play_each_way(
     runner: Runner, cost: CostModel, point: Point, turns: int, warm_up: int, seed: int, tick: Callable[[], None]
 ) -> PlayedWays:
-    blocks = point.blocks(runner.info.block_size)
-    return in_turns(lambda way: play(_engine(runner, cost, way, blocks), point.requests, seed), turns, tick, warm_up)
+    return in_turns(lambda way: play_once(runner, cost, point, way, seed), turns, tick, warm_up)
+
+
+def play_once(runner: Runner, cost: CostModel, point: Point, way: Way, seed: int) -> Played:
+    return play(_engine(runner, cost, way, point.blocks(runner.info.block_size)), point.requests, seed)
 
 
 def same_tokens(played: PlayedWays) -> bool:

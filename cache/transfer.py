@@ -12,6 +12,8 @@ import msgspec
 STORES_BESIDE_POOL, LOADS_BESIDE_POOL = 64, 64
 """Blocks on their way from and to the pool, which take device memory beside it: so many at once, and no more."""
 LEAST_STORES = 16
+LOAD_AT_ONCE_BYTES = 16 << 20
+"""What is copied in between two steps where both use the same memory: a few milliseconds."""
 
 
 def stores_a_step(token_budget: int, block_size: int) -> int:

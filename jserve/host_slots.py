@@ -25,7 +25,7 @@ from jax import Array
 from jaxtyping import UInt8
 
 from jserve.batch import COPY_BUCKETS, DIRECT_COPY_BLOCKS
-from jserve.cache.transfer import LOADS_BESIDE_POOL, STORES_BESIDE_POOL
+from jserve.cache.transfer import LOAD_AT_ONCE_BYTES, LOADS_BESIDE_POOL, STORES_BESIDE_POOL
 
 if TYPE_CHECKING:
     from jserve.runner import Runner
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 Bytes = UInt8[np.ndarray, "bytes"]
 T = TypeVar("T")
 
-LOAD_AT_ONCE_BYTES = 16 << 20
-"""What is copied in between two steps where both use the same memory: a few milliseconds."""
 _SLAB_BYTES = 32 << 20
 _PAGE = mmap.PAGESIZE
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from jserve.cache.cost import CostModel, LinkCost
-from jserve.cache.transfer import Completion
+from jserve.cache.transfer import LOAD_AT_ONCE_BYTES, Completion
 from jserve.sched.plan import StepPlan
 from jserve.sched.sequence import Sequence as Running
 from jserve.simulated import SimulatedClock, SimulatedStep
@@ -127,6 +127,11 @@ class TimedExecutor:
         self.on_launch(plan, seconds)
         return SimulatedStep(self._clock, self._busy_until_s, tokens)
 
+    def take(self, seconds: float) -> float:
+        """Something else has its turn after all steps that were launched; when it ends."""
+        self._busy_until_s = max(self._busy_until_s, self._clock.now()) + seconds
+        return self._busy_until_s
+
     def phase(self, name: str) -> AbstractContextManager[object]:
         return _NO_PHASE
 
@@ -169,7 +174,10 @@ _Copy = tuple[float, int, float, int]
 
 
 class TimedTransfer:
-    """Copies that take their time: a queue each way on the link, and one each for reading and writing on disk."""
+    """Copies that take their time: a queue each way on the link, and one each for reading and writing on disk.
+
+    They leave the device's time to the steps; `InTurnTransfer` has those that do not.
+    """
 
     in_turn = False
 
@@ -229,3 +237,51 @@ class TimedTransfer:
 
     def _next_s(self) -> float:
         return self._copies[0][0] if self._copies else math.inf
+
+
+class InTurnTransfer(TimedTransfer):
+    """Copies between device and host that have their turn among the steps, in the device's one queue, as on a CPU
+    (`jserve.host_slots.SharedSlots`): what is loaded in one part may be read by every step launched from then on."""
+
+    in_turn = True
+
+    def __init__(self, clock: TimedClock, cost: CostModel, executor: TimedExecutor) -> None:
+        super().__init__(clock, cost)
+        self._executor = executor
+        self._at_once = max(1, LOAD_AT_ONCE_BYTES // cost.block_bytes)
+        self._loads: deque[tuple[int, list[int]]] = deque()
+        """By ticket, the blocks of each part that is not started."""
+
+    def store(self, ticket: int, blocks: list[int], host_slots: list[int]) -> None:
+        self._take(self._out.cost, ticket, len(blocks))
+
+    def load(self, ticket: int, host_slots: list[int], blocks: list[int]) -> bool:
+        waits = bool(self._loads)
+        parts = [min(self._at_once, len(blocks) - start) for start in range(0, len(blocks), self._at_once)]
+        self._loads.append((ticket, parts))
+        if not waits:
+            self._load_part()
+        return not self._loads
+
+    def _load_part(self) -> None:
+        ticket, parts = self._loads[0]
+        blocks = parts.pop(0)
+        self._take(self._in.cost, 0 if parts else ticket, blocks)
+        if not parts:
+            self._loads.popleft()
+
+    def _take(self, link: LinkCost, ticket: int, blocks: int) -> None:
+        num_bytes = blocks * self._block_bytes
+        seconds = link.seconds(num_bytes, blocks / self._blocks_per_copy)
+        heapq.heappush(self._copies, (self._executor.take(seconds), ticket, seconds, num_bytes))
+
+    def cancel(self, ticket: int) -> None:
+        left = [load for load in self._loads if load[0] != ticket]
+        if len(left) == len(self._loads):
+            super().cancel(ticket)
+        self._loads = deque(left)
+
+    def poll(self) -> list[Completion]:
+        if self._loads:
+            self._load_part()
+        return [end for end in super().poll() if end.ticket]

@@ -44,6 +44,7 @@ class Hardware:
     decode_s_per_layer: float
     link_bytes_per_s: float
     link_copy_s: float
+    copies_beside_steps: bool
     peer_bytes_per_s: float
     peer_latency_s: float
     disk_read_bytes_per_s: float
@@ -167,6 +168,7 @@ def cost_model(
         LinkCost(gpu.disk_write_bytes_per_s * drives, gpu.disk_latency_s),
         block_tokens,
         block_tokens * kv_bytes,
+        copies_beside_steps=gpu.copies_beside_steps,
     )
 
 

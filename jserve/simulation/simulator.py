@@ -21,7 +21,15 @@ from jserve.doors import EngineInfo
 from jserve.engine import Engine
 from jserve.errors import ConfigError
 from jserve.progress import Progress
-from jserve.simulation.doors import VOCAB_SIZE, Spread, StepTime, TimedClock, TimedExecutor, TimedTransfer
+from jserve.simulation.doors import (
+    VOCAB_SIZE,
+    InTurnTransfer,
+    Spread,
+    StepTime,
+    TimedClock,
+    TimedExecutor,
+    TimedTransfer,
+)
 from jserve.simulation.gauges import Gauges, Observed
 from jserve.simulation.playing import Span, play
 from jserve.simulation.profiles import Hardware, ModelShape, cost_model, device_blocks
@@ -113,10 +121,10 @@ def build(described: System) -> tuple[Engine, TimedExecutor]:
         weight_bytes=described.weight_bytes,
         pool_bytes=described.device_blocks * described.cost.block_bytes,
     )
-    return Engine(config, info, executor, clock, _cache(described, clock)), executor
+    return Engine(config, info, executor, clock, _cache(described, clock, executor)), executor
 
 
-def _cache(described: System, clock: TimedClock) -> KVCache:
+def _cache(described: System, clock: TimedClock, executor: TimedExecutor) -> KVCache:
     """As `jserve.tiers.build_cache` makes it, over timed copies."""
     said, block = described.config.cache, described.cost.block_tokens
     if not said.host_gib:
@@ -130,10 +138,11 @@ def _cache(described: System, clock: TimedClock) -> KVCache:
     longest = -(-described.max_model_len // block)
     staging = longest if said.staging_gib is None else described.blocks_of(said.staging_gib)
     cost = copy.deepcopy(described.cost)
+    beside = described.cost.copies_beside_steps
     return TieredCache(
         described.device_blocks,
         block,
-        TimedTransfer(clock, described.cost),
+        TimedTransfer(clock, described.cost) if beside else InTurnTransfer(clock, described.cost, executor),
         HostTier(host_blocks, said.eviction),
         disk,
         cost=cost,

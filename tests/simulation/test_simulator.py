@@ -104,6 +104,38 @@ def test_copies_take_their_time_on_the_link() -> None:
     assert back.ttft_s < described.cost.prefill.seconds(2000)
 
 
+def test_where_copies_take_turns_with_steps_a_prompt_is_in_the_step_after_its_copy() -> None:
+    """Beside a chat that decodes, one returns whose history is on the host. On a GPU it joins the step after the one
+    that its copy ends beside; on a CPU the copy is in the queue before its own step, if it is no longer than one part.
+    """
+    described = opt(TIERED, blocks=90)
+    small, large = replace(described.cost, block_bytes=1 << 18), described.cost
+    ttft_s = {
+        (cost.block_bytes, beside): returned_ttft_s(replace(described, cost=replace(cost, copies_beside_steps=beside)))
+        for cost in (small, large)
+        for beside in (True, False)
+    }
+    step_s = described.cost.decode.seconds(1, 200)
+    saved_s = ttft_s[small.block_bytes, True] - ttft_s[small.block_bytes, False]
+    assert saved_s == pytest.approx(step_s - small.load_s(31), rel=0.1)
+    late_s = ttft_s[large.block_bytes, False] - ttft_s[large.block_bytes, True]
+    assert 29 * step_s < late_s < 33 * (step_s + large.load_s(1)), "31 blocks, one after each step"
+
+
+def returned_ttft_s(described: System) -> float:
+    """Of a chat whose 31 blocks others have taken on the device."""
+    fresh = contents()
+    returning = chat_session("returning", [(512, 8), (8, 8)], fresh, think_s_per_token=0.0)
+    first, second = returning.turns
+    returning = replace(returning, turns=(first, replace(second, think_s=2.0)))
+    flood = Session("flood", (Turn((Segment(next(fresh), 1400),), 8),), start_s=1.0)
+    decoding = Session("decoding", (Turn((Segment(next(fresh), 8),), 400),), start_s=2.0)
+    played = simulate(described, Workload("work", (returning, flood, decoding)), most_steps=1).played
+    (back,) = (call for call in played.calls if (call.session, call.turn) == ("returning", 1))
+    assert back.cached_tokens == 512
+    return back.ttft_s
+
+
 def test_write_through_keeps_up_with_prompts_as_it_does_in_production() -> None:
     """Simulated and real caches have one formula: a step of prompts is copied after that step, whatever the blocks."""
     for block, budget, most in ((16, 2048, 64), (64, 2048, 32), (64, 256, 16)):

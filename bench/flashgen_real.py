@@ -3,8 +3,8 @@
 The work is the evaluation's (`bench.flashgen`), made small: ShareGPT's turn lengths scaled down, a closed loop, think
 times by the token, a device pool that holds a few histories, a host tier that holds a few more, and a disk. One runner
 serves every arm in turn; an arm is a configuration of engine, scheduler and cache, as in the simulation, and starts
-with empty tiers. Before the arms, steps and copies are measured on other chats; from these costs the simulator predicts
-each arm on the same work. Equal prompts must have had the same greedy answer in every arm.
+with empty tiers. Copies are measured before the arms, and steps on other chats before and after them; from these costs
+the simulator predicts each arm on the same work. Equal prompts must have had the same greedy answer in every arm.
 
 On a GPU, a 13B shape with random weights:
 `python -m bench.flashgen_real --model-shape llama-2-13b --scale 1 --max-tokens 4096 --clients 32 --device-tokens 16384
@@ -45,11 +45,11 @@ from jserve.progress import Progress
 from jserve.runner import Runner
 from jserve.simulation.arms import ARMS, arm
 from jserve.simulation.doors import Spread
-from jserve.simulation.fitting import RecordingExecutor, fit_steps
+from jserve.simulation.fitting import RecordingExecutor, StepSample, fit_steps
 from jserve.simulation.gauges import Gauges, Observed
 from jserve.simulation.playing import Span, play
 from jserve.simulation.simulator import System, simulate
-from jserve.simulation.workload import Call, Users, Workload, closed_loop
+from jserve.simulation.workload import Call, Session, Users, Workload, closed_loop
 from jserve.tiers import build_cache, open_disk
 from jserve.transfer import JaxTransfer
 
@@ -92,6 +92,16 @@ class Heard(Users):
 
 
 @dataclass(frozen=True)
+class Served:
+    """One arm on the real engine."""
+
+    name: str
+    numbers: Mapping[str, float]
+    answers: Answers
+    others_cores: float
+
+
+@dataclass(frozen=True)
 class Pair:
     """One arm in both worlds."""
 
@@ -113,6 +123,8 @@ class Stage:
     work: Workload
     directory: Path
     progress: Progress
+    steps: Sequence[StepSample] = ()
+    """What the costs of steps are fitted to."""
 
     def config(self, name: str) -> EngineConfig:
         """The arm's settings, on this machine's sizes."""
@@ -133,7 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     console, progress = report.console(args), RichProgress()
     try:
         with _stage(args, progress) as stage:
-            pairs = [_pair(stage, name) for name in args.arms]
+            served = [_serve(stage, name) for name in args.arms]
+            stage = _with_steps(stage, args.seed + 2)  # the machine may be another than it was before the arms
+            pairs = [_pair(stage, arm) for arm in served]
             about = _about(stage)
     except (JserveError, OSError) as error:
         print(f"bench.flashgen_real: {error}", file=sys.stderr)
@@ -165,7 +179,7 @@ def _stage(args: argparse.Namespace, progress: Progress) -> Iterator[Stage]:
     try:
         cost = _links(config, runner, directory, progress)
         stage = Stage(args, runner, cost, Spread((1.0,), (1.0,)), _work(args, args.seed), directory, progress)
-        yield _with_steps(stage)
+        yield _with_steps(stage, args.seed + 1)
     finally:
         runner.close()
         shutil.rmtree(directory, ignore_errors=True)
@@ -182,13 +196,26 @@ def _links(config: EngineConfig, runner: Runner, directory: Path, progress: Prog
         transfer.close()
 
 
-def _with_steps(stage: Stage) -> Stage:
-    """Steps as they come when other chats are served, which also warms everything up."""
-    work = replace(_work(stage.args, stage.args.seed + 1), name="other chats, to measure steps")
+def _with_steps(stage: Stage, seed: int) -> Stage:
+    """Steps as they come when other chats are served, beside those that are known; it also warms everything up."""
+    work = _work(stage.args, seed)
+    late = replace(work, name="other chats, to measure steps", sessions=tuple(map(entered_late, work.sessions)))
     with _engine(stage, "flashgen-cache") as (engine, executor):
-        play(engine, work, span=Span(0, stage.args.calls), progress=stage.progress)
-    prefill, decode, spread = fit_steps(executor.samples)
-    return replace(stage, cost=replace(stage.cost, prefill=prefill, decode=decode), spread=spread)
+        play(engine, late, span=Span(0, stage.args.calls // 2), progress=stage.progress)
+    steps = [*stage.steps, *executor.samples]
+    prefill, decode, spread = fit_steps(steps)
+    return replace(stage, cost=replace(stage.cost, prefill=prefill, decode=decode), spread=spread, steps=steps)
+
+
+def entered_late(session: Session) -> Session:
+    """The chat from its middle on, with as many tokens as were said before in its first prompt: so that few calls have
+    the long histories and the long chunks, and the short ones after them, which all come up in the end."""
+    middle = len(session.turns) // 2
+    said = sum(turn.prompt_tokens + turn.output_tokens for turn in session.turns[:middle])
+    first, *later = session.turns[middle:]
+    start, *rest = first.prompt
+    first = replace(first, prompt=(replace(start, tokens=said + start.tokens), *rest))
+    return replace(session, turns=(first, *later))
 
 
 def _work(args: argparse.Namespace, seed: int) -> Workload:
@@ -211,18 +238,28 @@ def _engine(stage: Stage, name: str) -> Iterator[tuple[Engine, Lent]]:
         engine.close()
 
 
-def _pair(stage: Stage, name: str) -> Pair:
-    """One arm on the real engine, and in the simulator."""
-    span, work = Span(stage.args.warm_up, stage.args.calls), replace(stage.work, name=name)
+def _serve(stage: Stage, name: str) -> Served:
     noise = Noise()
+    span, work = _played(stage, name)
     with _engine(stage, name) as (engine, executor):
         gauges, users = Gauges(engine), Heard(work, engine.info.vocab_size)
         executor.on_end = lambda plan, seconds: gauges.see(plan, seconds, ended=True)
         played = play(engine, work, span=span, progress=stage.progress, users=users)
         others_cores = noise.others_cores()
-    runs = [numbers_of(simulate(_described(stage, name, n), work, span=span, most_steps=1)) for n in range(SIMULATIONS)]
+    return Served(name, numbers_of(Observed(played, gauges)), users.answers, others_cores)
+
+
+def _pair(stage: Stage, real: Served) -> Pair:
+    """The arm in the simulator, too."""
+    span, work = _played(stage, real.name)
+    systems = [_described(stage, real.name, n) for n in range(SIMULATIONS)]
+    runs = [numbers_of(simulate(system, work, span=span, most_steps=1)) for system in systems]
     simulated = {key: mean(run[key] for run in runs) for key in runs[0]}
-    return Pair(name, numbers_of(Observed(played, gauges)), simulated, users.answers, others_cores)
+    return Pair(real.name, real.numbers, simulated, real.answers, real.others_cores)
+
+
+def _played(stage: Stage, name: str) -> tuple[Span, Workload]:
+    return Span(stage.args.warm_up, stage.args.calls), replace(stage.work, name=name)
 
 
 def _described(stage: Stage, name: str, nth: int) -> System:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from bench import flashgen_real
-from bench.flashgen_real import Pair, same_answers, same_order
+from bench.flashgen_real import Pair, entered_late, same_answers, same_order
 from jserve.simulation.arms import ARMS
+from jserve.simulation.workload import chat_session, contents
 
 
 def test_every_arm_is_served_and_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,6 +28,16 @@ def test_every_arm_is_served_and_simulated(tmp_path: Path, capsys: pytest.Captur
     assert metrics["vllm_host_hit_share"] == metrics["cachedattention_device_hit_share"] == 0
     assert found["config"]["compiles_after_warmup"] == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chat_that_is_entered_late_has_its_past_in_its_first_prompt() -> None:
+    chat = chat_session("a", [(10, 20), (30, 40), (50, 60), (70, 80)], contents())
+    late = entered_late(chat)
+    assert [turn.prompt_tokens for turn in late.turns] == [10 + 20 + 30 + 40 + 50, 70]
+    assert late.longest_tokens == chat.longest_tokens
+    assert entered_late(late).longest_tokens == chat.longest_tokens
+    (single,) = entered_late(entered_late(late)).turns
+    assert single.prompt_tokens == chat.longest_tokens - 80
 
 
 def test_only_equal_prompts_are_compared() -> None:

@@ -56,6 +56,7 @@ from jserve.transfer import JaxTransfer
 TOLD = {
     "output_tokens_per_s": ("tok/s", 1.0),
     "normalised_latency_s": ("ms/tok", 1e3),
+    "ttft_p50_s": ("TTFT50 s", 1.0),
     "ttft_p95_s": ("TTFT95 s", 1.0),
     "tpot_p99_s": ("TPOT99 ms", 1e3),
     "mean_batch": ("batch", 1.0),
@@ -63,8 +64,8 @@ TOLD = {
 }
 """The columns, with what a number is multiplied by for people."""
 HITS = ("device_hit_share", "host_hit_share", "disk_hit_share")
-SIMULATIONS = 3
-"""Of each arm, in the mean: single ones depend on which steps happen to be slow."""
+SIMULATIONS = 5
+"""Of each arm, in the mean: single ones depend on which steps happen to be slow, as a single real run does."""
 APART = 0.1
 """Arms whose results differ by less than this share have no order that a second run would confirm."""
 Answers = dict[tuple[str, int], tuple[list[int], list[int]]]
@@ -108,6 +109,9 @@ class Pair:
     name: str
     real: Mapping[str, float]
     simulated: Mapping[str, float]
+    spread: Mapping[str, float]
+    """Half of what lies between the least and the most that single simulations say, as a share of their mean: a real
+    run is one of them, and may be as far from it."""
     answers: Answers
     others_cores: float
 
@@ -197,12 +201,16 @@ def _links(config: EngineConfig, runner: Runner, directory: Path, progress: Prog
 
 
 def _with_steps(stage: Stage, seed: int) -> Stage:
-    """Steps as they come when other chats are served, beside those that are known; it also warms everything up."""
-    work = _work(stage.args, seed)
+    """Steps as they come when other chats are served, to many and to few, beside those that are known. It also warms
+    everything up."""
+    args, work = stage.args, _work(stage.args, seed)
     late = replace(work, name="other chats, to measure steps", sessions=tuple(map(entered_late, work.sessions)))
-    with _engine(stage, "flashgen-cache") as (engine, executor):
-        play(engine, late, span=Span(0, stage.args.calls // 2), progress=stage.progress)
-    steps = [*stage.steps, *executor.samples]
+    steps = list(stage.steps)
+    for clients in (args.clients, -(-args.clients // 4)):
+        calls = max(8, args.calls * clients // (2 * args.clients))
+        with _engine(stage, "flashgen-cache") as (engine, executor):
+            play(engine, closed_loop(late, clients), span=Span(0, calls), progress=stage.progress)
+        steps += executor.samples
     prefill, decode, spread = fit_steps(steps)
     return replace(stage, cost=replace(stage.cost, prefill=prefill, decode=decode), spread=spread, steps=steps)
 
@@ -255,7 +263,13 @@ def _pair(stage: Stage, real: Served) -> Pair:
     systems = [_described(stage, real.name, n) for n in range(SIMULATIONS)]
     runs = [numbers_of(simulate(system, work, span=span, most_steps=1)) for system in systems]
     simulated = {key: mean(run[key] for run in runs) for key in runs[0]}
-    return Pair(real.name, real.numbers, simulated, real.answers, real.others_cores)
+    spread = {key: _spread([run[key] for run in runs]) for key in simulated}
+    return Pair(real.name, real.numbers, simulated, spread, real.answers, real.others_cores)
+
+
+def _spread(values: Sequence[float]) -> float:
+    middle = mean(values)
+    return (max(values) - min(values)) / 2 / middle if middle else 0.0
 
 
 def _played(stage: Stage, name: str) -> tuple[Span, Workload]:
@@ -308,7 +322,7 @@ def _metrics(pairs: Sequence[Pair]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for pair in pairs:
         short = pair.name.replace("-", "_")
-        for name in (*TOLD, *HITS, "ttft_p50_s", "preemptions"):
+        for name in (*TOLD, *HITS, "preemptions"):
             metrics[f"{short}_{name}"] = pair.real[name]
             metrics[f"{short}_simulated_{name}"] = pair.simulated[name]
         metrics[f"{short}_others_cores"] = pair.others_cores
@@ -320,6 +334,7 @@ def _metrics(pairs: Sequence[Pair]) -> dict[str, float]:
             metrics[f"jserve_over_{over}_simulated"] = ours.simulated[rate] / theirs.simulated[rate]
     for name in TOLD:
         metrics[f"{name}_error"] = median(abs(p.simulated[name] / p.real[name] - 1) for p in pairs)
+        metrics[f"{name}_spread"] = median(p.spread[name] for p in pairs)
     same, asked = same_answers([pair.answers for pair in pairs])
     metrics |= {"same_tokens": int(same == asked), "equal_prompts": asked}
     for name in ("output_tokens_per_s", "normalised_latency_s", "ttft_p95_s"):
@@ -351,8 +366,12 @@ def _print(console: Console, pairs: Sequence[Pair], about: Mapping[str, object],
             rows.append([label, *told, "/".join(f"{100 * numbers[name]:.0f}" for name in HITS)])
     title = f"{about['model']} on {about['backend']}, {about['clients']} clients; hits: % on device/host/disk"
     console.print(report.table(title, columns, rows))
-    errors = [[title, f"{100 * metrics[f'{name}_error']:.1f} %"] for name, (title, _) in TOLD.items()]
-    console.print(report.table("the simulation's error, median of the arms", ["", ""], errors))
+    errors = [
+        [title, *(f"{100 * metrics[f'{name}_{what}']:.1f} %" for what in ("error", "spread"))]
+        for name, (title, _) in TOLD.items()
+    ]
+    title = "the simulation's error, and by how much single simulations differ; median of the arms"
+    console.print(report.table(title, ["", "error", "+-"], errors))
     for name, what in (
         ("output_tokens_per_s", "throughput"),
         ("normalised_latency_s", "latency"),

@@ -49,7 +49,7 @@ def test_only_equal_prompts_are_compared() -> None:
 
 def test_arms_that_are_close_have_no_order() -> None:
     def arm(real: float, simulated: float) -> Pair:
-        return Pair("", {"rate": real}, {"rate": simulated}, {}, 0.0)
+        return Pair("", {"rate": real}, {"rate": simulated}, {}, {}, 0.0)
 
     assert same_order([arm(100, 50), arm(105, 40), arm(200, 90)], "rate") == (2, 2)
     assert same_order([arm(100, 50), arm(200, 40)], "rate") == (0, 1)

@@ -31,7 +31,7 @@ its own, smaller than a step could be."""
 
 def _corrected(scale: float, predicted_s: float, observed_s: float) -> float:
     """The correction factor after one more observation: a running geometric mean of observed / predicted, clipped."""
-    if predicted_s <= 0 or observed_s <= 0:
+    if predicted_s <= 0 or observed_s <= 0 or observed_s == predicted_s:
         return scale
     error = math.log(observed_s / predicted_s)
     step = _STEP * max(-_MOST_PER_OBSERVATION, min(_MOST_PER_OBSERVATION, error))

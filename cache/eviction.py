@@ -118,7 +118,8 @@ class EvictionOrder:
             raise ValueError(f"block {key.hex()} is in this tier already")
         now = self._tick()
         entry = self._entries[key] = Entry(None, now, now, self.now_s if due_s is None else due_s, int(pinned))
-        self._adopt(entry, parent)
+        if parent is not None:
+            self._adopt(entry, parent)
         if not pinned:
             self._offer(key, entry)
 
@@ -142,8 +143,9 @@ class EvictionOrder:
 
     def learn(self, key: bytes, parent: bytes | None) -> None:
         """The parent of a block that came without one, as what an earlier process has left."""
-        if key in self._entries:
-            self._adopt(self._entries[key], parent)
+        entry = self._entries.get(key)
+        if entry is not None and entry.parent is None and parent is not None:
+            self._adopt(entry, parent)
 
     def pin(self, key: bytes) -> None:
         """Keep the block until as many `unpin`."""
@@ -229,9 +231,7 @@ class EvictionOrder:
         self._clock += 1
         return self._clock
 
-    def _adopt(self, entry: Entry, parent: bytes | None) -> None:
-        if parent is None or entry.parent is not None:
-            return
+    def _adopt(self, entry: Entry, parent: bytes) -> None:
         entry.parent = parent
         self._children[parent] = self._children.get(parent, 0) + 1
 

@@ -196,12 +196,15 @@ class TieredCache(KVCache):
         extend_keys(table.keys, table.root, token_ids, self.block_size)
         # What was preempted comes back from the host without having been staged.
         split = table.restore.split if table.restore is not None else self.num_blocks
+        below = split if self.tiers.host_is_read else 0
+        block_of, is_ready = self.index.block_of, self.host.is_ready
         found: list[int | None] = []
         for i, key in enumerate(table.keys[: self._most_blocks(len(token_ids))]):
-            block = self.index.block_of(key)
-            block = None if block in gone else block
-            if block is None and (i >= split or not self.host.is_ready(key) or not self.tiers.host_is_read):
-                break
+            block = block_of(key)
+            if block is None or block in gone:
+                if i >= below or not is_ready(key):
+                    break
+                block = None
             found.append(block)
         return found
 

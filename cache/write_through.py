@@ -44,8 +44,6 @@ class WriteThrough:
 
     def add(self, table: BlockTable, i: int) -> None:
         """Block `i` of the table has become findable."""
-        if len(self) > 2 * len(self.tiers.index) + SLACK:  # nothing is copied for a while: the host link has failed
-            self._forget_stale()
         self._waiting.append(_source(table, i, table.blocks[i]))
 
     def add_again(self, table: BlockTable, found: list[int | None], most: int) -> None:
@@ -65,6 +63,8 @@ class WriteThrough:
 
     def step(self, steps: int = 1) -> None:
         """Copy what is due after so many steps."""
+        if len(self) > 2 * len(self.tiers.index) + SLACK:  # nothing is copied for a while: the host link has failed
+            self._forget_stale()
         if self.busy and self.tiers.in_flight(Store) < STORES_IN_FLIGHT:
             self._store(self._due(self.budget * steps))
 

@@ -46,7 +46,7 @@ class Gauges:
         blocks = pool.num_blocks
         held, cached = (blocks - pool.num_free) / blocks, pool.num_reclaimable / blocks
         now_s = self.engine.clock.now() - self._start_s
-        new = Sample(now_s if ended else now_s + seconds, seconds, held, cached, len(plan.rows), len(scheduler.waiting))
+        new = Sample(now_s if ended else now_s + seconds, seconds, held, cached, len(plan.rows), scheduler.num_waiting)
         last = self.samples[-1] if self.samples else None
         if last is not None and last.span_s + seconds <= self._span_s:
             self.samples[-1] = _joined(last, new)
@@ -66,11 +66,18 @@ class Gauges:
 
 def _joined(a: Sample, b: Sample) -> Sample:
     span = a.span_s + b.span_s
-    means = (
-        (getattr(a, name) * a.span_s + getattr(b, name) * b.span_s) / span if span else 0.0
-        for name in ("held", "cached", "running", "waiting")
+
+    def mean(of_a: float, of_b: float) -> float:
+        return (of_a * a.span_s + of_b * b.span_s) / span if span else 0.0
+
+    return Sample(
+        b.time_s,
+        span,
+        mean(a.held, b.held),
+        mean(a.cached, b.cached),
+        mean(a.running, b.running),
+        mean(a.waiting, b.waiting),
     )
-    return Sample(b.time_s, span, *means)
 
 
 @dataclass

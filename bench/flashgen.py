@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from bench import flashgen_published as published
 from bench import report
@@ -25,6 +27,7 @@ from bench.flashgen_runs import (
     Run,
     around_bound,
     at_equal_loads,
+    ratios_of,
     run_all,
     throughput_at,
     with_clients,
@@ -39,16 +42,19 @@ CLIENTS = {
     "llama-2-13b": (40, 60, 80, 90, 100),
     "llama-2-70b": (10, 20, 30, 40, 50),
 }
+SEEDS, SHORT_SEEDS = 3, 1
+"""Over which the ratios are averaged. A seed draws the order of the chats, which matters: around the bound the latency
+rises steeply."""
 CALLS, SHORT_CALLS = 1000, 600
 """Measured requests of a point."""
 BLOCK, SHORT_BLOCK = 64, 128
 """Tokens in a block: large ones are quick to simulate."""
-SHORT_FROM: Mapping[str, Mapping[str, int]] = {
+START: Mapping[str, Mapping[str, int]] = {
     "vllm": {"opt-13b": 50, "opt-30b": 50, "llama-2-13b": 50, "llama-2-70b": 20},
     "flashgen": {"opt-13b": 70, "opt-30b": 70, "llama-2-13b": 70, "llama-2-70b": 30},
     "jserve": {"opt-13b": 80, "opt-30b": 90, "llama-2-13b": 80, "llama-2-70b": 40},
 }
-"""By arm and model: the load from which `--short` looks for the bound. A bad guess costs time, no more."""
+"""By arm and model: the load from which the bound is looked for. A bad guess costs time, no more."""
 SHORT_SHARED = (60, 100)
 """Loads of the metrics that compare arms under one load: where the vLLM arm's P95 TTFT is nearest to the published one
 with so few requests and so large blocks (10 s with 55 clients, 21 with 60), and where memory is short."""
@@ -94,17 +100,25 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
     if args.short:
         points = _short_points(base, args.models, simulate_all)
     else:
-        points = list(simulate_all(_plan(base, args.models)).values())
+        plan = dict.fromkeys(_plan(base, args.models))
+        done = simulate_all(list(plan))
+        points = [done[run] for run in plan]
     curves = _curves(points, base)
-    metrics = _metrics(curves)
+    seeds = range(args.seed + 1, args.seed + (args.seeds or (SHORT_SEEDS if args.short else SEEDS)))
+    others = around_bound([start for seed in seeds for start in _starts(base, args.models, seed)], simulate_all)
+    ratios = {args.seed: ratios_of([point for curve in curves.values() for point in curve])}
+    ratios |= {seed: ratios_of([point for point in others if point.run.seed == seed]) for seed in seeds}
+    metrics = _metrics(curves, list(ratios.values()))
     _print(console, curves, metrics)
+    console.print(_seeds_table(ratios))
     config = {"simulated": True, "short": args.short, "calls": base.calls, "block_size": base.block_tokens}
     if args.figures is not None:
         from bench.flashgen_figures import draw_all
 
         for path in draw_all(points, args.figures):
             report.note(console, f"drawn {path}")
-    report.emit(report.Result("flashgen", metrics, config | {"points": len(points)}, args.seed), args)
+    config |= {"seeds": len(ratios), "points": len(points) + len(others)}
+    report.emit(report.Result("flashgen", metrics, config, args.seed), args)
     return 0
 
 
@@ -138,12 +152,15 @@ def _short_points(
     base: Run, models: Sequence[str], simulate_all: Callable[[list[Run]], Mapping[Run, Point]]
 ) -> list[Point]:
     """Enough for every metric."""
-    starts = [_of(base, m, a, clients=of[m]) for a, of in SHORT_FROM.items() for m in models]
-    points = {point.run: point for point in around_bound(starts, simulate_all)}
+    points = {point.run: point for point in around_bound(_starts(base, models, base.seed), simulate_all)}
     if DETAIL in models:
         shared = [run for a in ("vllm", "jserve") for run in with_clients(_of(base, DETAIL, a), SHORT_SHARED)]
         points |= {run: point for run, point in simulate_all(shared).items() if run in shared}
     return list(points.values())
+
+
+def _starts(base: Run, models: Sequence[str], seed: int) -> list[Run]:
+    return [_of(base, m, a, clients=of[m], seed=seed) for a, of in START.items() for m in models]
 
 
 def _of(base: Run, model: str, arm: str, **changes: Any) -> Run:
@@ -171,18 +188,21 @@ def _curves(points: Sequence[Point], base: Run) -> dict[tuple[str, str], list[Po
     return curves
 
 
-def _metrics(curves: Curves) -> dict[str, float]:
+def _metrics(curves: Curves, ratios: Sequence[Mapping[tuple[str, str], float]]) -> dict[str, float]:
+    """`ratios`: `ratios_of` each seed."""
     metrics: dict[str, float] = {}
     models = [m for m in MODELS if (m, "jserve") in curves]
-    at = {key: throughput_at(curve) for key, curve in curves.items()}
     for model in models:
         name = (
             model.replace("-", "", 1)
             if model.startswith("opt")
             else model.replace("llama-2", "llama2").replace("-", "_")
         )
-        metrics[f"{name}_throughput_ratio"] = at[model, "jserve"] / at[model, "vllm"]
-    metrics["jserve_over_flashgen_min"] = min(at[m, "jserve"] / at[m, "flashgen"] for m in models)
+        drawn = [said[model, "vllm"] for said in ratios]
+        metrics[f"{name}_throughput_ratio"] = mean(drawn)
+        metrics |= {f"{name}_throughput_ratio_least": min(drawn), f"{name}_throughput_ratio_most": max(drawn)}
+    metrics["jserve_over_flashgen_min"] = min(mean(said[m, "flashgen"] for said in ratios) for m in models)
+    metrics["jserve_over_flashgen_min_of_seeds"] = min(said[m, "flashgen"] for said in ratios for m in models)
     if DETAIL in models:
         clients = matched_clients(curves)
         vllm, ours = (_at(curves[DETAIL, a], clients) for a in ("vllm", "jserve"))
@@ -275,6 +295,14 @@ def _print(console: Console, curves: Curves, metrics: Mapping[str, float]) -> No
     console.print(report.table("metrics (simulated)", ["", ""], [[k, v] for k, v in metrics.items()]))
 
 
+def _seeds_table(ratios: Mapping[int, Mapping[tuple[str, str], float]]) -> Table:
+    pairs = list(next(iter(ratios.values())))
+    rows: list[list[object]] = [[f"seed {s}", *(f"{said[p]:.2f}x" for p in pairs)] for s, said in ratios.items()]
+    rows.append(["mean", *(f"{mean(said[p] for said in ratios.values()):.2f}x" for p in pairs)])
+    title = "output tokens/s of jserve at 100 ms a token, over the other arms (simulated)"
+    return report.table(title, ["", *(f"{model} / {over}" for model, over in pairs)], rows)
+
+
 def _prompt_phases(curves: Curves) -> list[list[object]]:
     """Figure 12: prompts wait less where the GPU still has their history, which CachedAttention never does."""
     rows: list[list[object]] = []
@@ -299,6 +327,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="the headline metrics alone, in under a minute")
     parser.add_argument(
         "--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="M", help=f"of {', '.join(MODELS)}"
+    )
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help=f"average the ratios over so many, from --seed on ({SEEDS}; --short: 1)"
     )
     parser.add_argument(
         "--calls", type=int, metavar="N", help=f"measured requests of a point ({CALLS}; --short: {SHORT_CALLS})"

@@ -241,6 +241,20 @@ def _next_load(curve: Sequence[Point], step: int) -> int | None:
     return min(loads) - step if not any(within) and min(loads) > step else None
 
 
+COMPARED = ("vllm", "flashgen")
+"""The arms that the headline's ratios are over."""
+
+
+def ratios_of(points: Sequence[Point]) -> dict[tuple[str, str], float]:
+    """By model and compared arm: the jserve arm's throughput at the bound over that arm's."""
+    curves: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        curves.setdefault((point.run.model, point.run.arm), []).append(point)
+    at = {key: throughput_at(curve) for key, curve in curves.items() if key[1] in ("jserve", *COMPARED)}
+    models = {model: None for model, _ in at}
+    return {(model, over): at[model, "jserve"] / at[model, over] for model in models for over in COMPARED}
+
+
 def at_equal_loads(curves: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:
     """By arm, the points under the loads that all of these arms ran: a finer curve bends, and would serve more."""
     loads = set.intersection(*({point.run.clients for point in curve} for curve in curves.values()))

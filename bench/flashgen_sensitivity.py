@@ -1,9 +1,8 @@
-"""`python -m bench.flashgen_sensitivity`: how firm the evaluation's ratios are: other seeds, and other assumptions.
+"""`python -m bench.flashgen_sensitivity`: how firm the evaluation's ratios are: the same on other assumptions.
 
-Everything is simulated, as in `bench.flashgen`. First each headline ratio (output tokens/s at 100 ms a token) over
-seeds, which draw the order of the chats. Then the same with one number of the hardware profile moved at a time
-(`flashgen_runs.VARIATIONS`), with smaller blocks, and with people whose think times are drawn at random, which makes
-their return harder to foresee.
+Everything is simulated, as in `bench.flashgen`, whose headline ratios (output tokens/s at 100 ms a token) are told here
+with one number of the hardware profile moved at a time (`flashgen_runs.VARIATIONS`), with smaller blocks, and with
+people whose think times are drawn at random, which makes their return harder to foresee.
 """
 
 from __future__ import annotations
@@ -11,20 +10,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 from bench import report
-from bench.flashgen import BLOCK, SHORT_FROM
-from bench.flashgen_runs import MODELS, VARIATIONS, Point, Run, around_bound, run_all, throughput_at
+from bench.flashgen import BLOCK, START
+from bench.flashgen_runs import COMPARED, MODELS, VARIATIONS, Run, around_bound, ratios_of, run_all
 from jserve.console import RichProgress
 from jserve.errors import JserveError
 
-MOVED = ("opt-30b", "llama-2-70b")
-"""The models whose assumptions are moved: two devices each, much KV and little."""
-OVER = ("vllm", "flashgen")
+NOTHING = "nothing"
 
 
 def main() -> int:
@@ -33,64 +29,43 @@ def main() -> int:
     base = Run(
         "opt-30b", "jserve", 60, calls=args.calls, warm_up_turns=10, seed=args.seed, block_tokens=args.block_size
     )
-    seeds = {f"seed {n}": replace(base, seed=n) for n in range(args.seed, args.seed + args.seeds)}
     moved = {name: replace(base, variation=name) for name in VARIATIONS}
     moved |= {"blocks of 16": replace(base, block_tokens=16), "random think times": replace(base, work="restless")}
-    cases = {name: (of, tuple(args.models)) for name, of in seeds.items()}
-    shown = [m for m in MOVED if m in args.models]
-    cases |= {name: (of, tuple(shown)) for name, of in moved.items() if args.only is None or name in args.only}
-    starts = [start for of, models in cases.values() for m in models for start in _starts(of, m)]
+    cases = {NOTHING: base} | {n: of for n, of in moved.items() if args.only is None or n in args.only}
+    starts = [start for of in cases.values() for m in args.models for start in _starts(of, m)]
     try:
         points = around_bound(starts, lambda runs: run_all(runs, args.jobs, RichProgress(), args.points))
     except JserveError as error:
         print(f"bench.flashgen_sensitivity: {error}", file=sys.stderr)
         return 2
-    ratios = {name: ratios_of([p for p in points if _same_case(p.run, of)]) for name, (of, _) in cases.items()}
-    metrics = _metrics(ratios, list(seeds))
+    ratios = {name: ratios_of([p for p in points if _same_case(p.run, of)]) for name, of in cases.items()}
+    metrics = _metrics(ratios)
     rows: list[list[object]] = [
-        [name, *(f"{said[m, over]:.2f}x" if (m, over) in said else "" for m in args.models for over in OVER)]
-        for name, said in ratios.items()
+        [name, *(f"{said[m, over]:.2f}x" for m in args.models for over in COMPARED)] for name, said in ratios.items()
     ]
-    columns = ["", *(f"{m} / {over}" for m in args.models for over in OVER)]
+    columns = ["moved", *(f"{m} / {over}" for m in args.models for over in COMPARED)]
     title = "output tokens/s of jserve at 100 ms a token, over vllm and over flashgen (simulated)"
     console.width = max(console.width, 160)
     console.print(report.table(title, columns, rows))
-    console.print(report.table("over the seeds", ["", ""], [[k, v] for k, v in metrics.items() if "_seeds_" in k]))
-    config = {"simulated": True, "calls": base.calls, "block_size": base.block_tokens, "seeds": args.seeds}
+    config = {"simulated": True, "calls": base.calls, "block_size": base.block_tokens}
     report.emit(report.Result("flashgen_sensitivity", metrics, config | {"points": len(points)}, args.seed), args)
     return 0
 
 
 def _starts(of: Run, model: str) -> list[Run]:
-    return [replace(of, model=model, arm=arm, clients=loads[model]) for arm, loads in SHORT_FROM.items()]
+    return [replace(of, model=model, arm=arm, clients=loads[model]) for arm, loads in START.items()]
 
 
 def _same_case(run: Run, of: Run) -> bool:
     return replace(run, model=of.model, arm=of.arm, clients=of.clients) == of
 
 
-def ratios_of(points: Sequence[Point]) -> dict[tuple[str, str], float]:
-    """By model and compared arm."""
-    curves: dict[tuple[str, str], list[Point]] = {}
-    for point in points:
-        curves.setdefault((point.run.model, point.run.arm), []).append(point)
-    at = {key: throughput_at(curve) for key, curve in curves.items()}
-    models = {model for model, _ in at}
-    return {(model, over): at[model, "jserve"] / at[model, over] for model in models for over in OVER}
-
-
-def _metrics(ratios: Mapping[str, Mapping[tuple[str, str], float]], seeds: Sequence[str]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for model in {model: None for model, _ in ratios[seeds[0]]}:
-        for over in OVER:
-            name = f"{model.replace('-', '_')}_over_{over}"
-            drawn = [ratios[seed][model, over] for seed in seeds]
-            metrics |= {f"{name}_seeds_mean": mean(drawn), f"{name}_seeds_least": min(drawn)}
-            metrics[f"{name}_seeds_most"] = max(drawn)
-            for case, said in ratios.items():
-                if case not in seeds and (model, over) in said:
-                    metrics[f"{name}, {case}"] = said[model, over]
-    return metrics
+def _metrics(ratios: Mapping[str, Mapping[tuple[str, str], float]]) -> dict[str, float]:
+    return {
+        f"{model.replace('-', '_')}_over_{over}, {case}": ratio
+        for case, said in ratios.items()
+        for (model, over), ratio in said.items()
+    }
 
 
 def _arguments() -> argparse.Namespace:
@@ -99,10 +74,14 @@ def _arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="from --seed on (3)")
-    parser.add_argument("--only", nargs="*", metavar="CASE", help="of the moved assumptions; none: the seeds alone")
+    parser.add_argument("--only", nargs="*", metavar="CASE", help="of the moved assumptions (all)")
     parser.add_argument(
-        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="M", help=f"of {', '.join(MODELS)}"
+        "--models",
+        nargs="+",
+        choices=list(MODELS),
+        default=["opt-30b", "llama-2-70b"],
+        metavar="M",
+        help=f"of {', '.join(MODELS)} (opt-30b, llama-2-70b: two devices each, much KV and little)",
     )
     parser.add_argument("--block-size", type=int, default=BLOCK, metavar="N", help=f"tokens in a block ({BLOCK})")
     parser.add_argument("--calls", type=int, default=600, metavar="N", help="measured requests of a point (600)")

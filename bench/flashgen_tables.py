@@ -9,18 +9,31 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 
 from bench import flashgen_published as published
-from bench.flashgen_runs import HOST_GB, MODELS, Point, at_equal_loads, read_points, throughput_at
+from bench.flashgen_runs import (
+    COMPARED,
+    HOST_GB,
+    MODELS,
+    Point,
+    at_equal_loads,
+    ratios_of,
+    read_points,
+    throughput_at,
+)
 from jserve.simulation.arms import ABLATIONS, ARMS
 
 DETAIL = "opt-30b"
 TIERS = ("device", "host", "disk")
 
 
-def tables(points: Sequence[Point]) -> Iterator[str]:
-    """Each with its heading."""
+def tables(simulated: Sequence[Point]) -> Iterator[str]:
+    """Each with its heading. All but that over the seeds are of the first seed."""
+    seeds = sorted({point.run.seed for point in simulated})
+    points = [point for point in simulated if point.run.seed == seeds[0]]
     yield _throughput(points, ARMS)
+    yield _over_seeds(simulated, seeds)
     as_published, busiest = _shared_loads(points)
     yield _one_load(points, as_published, published.TTFT_P95_S[DETAIL])
     yield _one_load(points, busiest, {})
@@ -51,6 +64,16 @@ def _throughput(points: Sequence[Point], arms: Iterable[str]) -> str:
         rows.append([f"`{arm}`", *(f"{rates[model]:.0f} ({over[model]:.2f}x)" for model in MODELS)])
     rows.append(["FlashGen over vLLM, published", *(f"{published.THROUGHPUT_RATIO[model]:.2f}x" for model in MODELS)])
     return _markdown("Output tokens/s at 100 ms a token, and over the vllm arm", ["arm", *MODELS], rows)
+
+
+def _over_seeds(points: Sequence[Point], seeds: Sequence[int]) -> str:
+    compared = [p for m in MODELS for a in ("jserve", *COMPARED) for p in _of(points, m, a)]
+    ratios = {seed: ratios_of([p for p in compared if p.run.seed == seed]) for seed in seeds}
+    pairs = list(ratios[seeds[0]])
+    rows = [[f"seed {seed}", *(f"{said[pair]:.2f}x" for pair in pairs)] for seed, said in ratios.items()]
+    rows.append(["mean", *(f"{mean(said[pair] for said in ratios.values()):.2f}x" for pair in pairs)])
+    heading = "The jserve arm over two others at 100 ms a token; a seed draws the order of the chats"
+    return _markdown(heading, ["", *(f"{model} / `{over}`" for model, over in pairs)], rows)
 
 
 def _ablations(points: Sequence[Point]) -> str:
@@ -175,8 +198,8 @@ def main() -> int:
         parser.error(f"{path} does not hold points ({error}): make them with bench.flashgen --points {path}")
     run = points[0].run
     print(
-        f"Simulated: {len(points)} points, seed {run.seed}, blocks of {run.block_tokens} tokens. Written by "
-        "`python -m bench.flashgen_tables`.\n"
+        f"Simulated: {len(points)} points, seed {run.seed} if none is named, blocks of {run.block_tokens} tokens. "
+        "Written by `python -m bench.flashgen_tables`.\n"
     )
     for table in tables(points):
         print(table)

@@ -17,13 +17,13 @@ from bench.flashgen_runs import (
     Run,
     around_bound,
     described,
+    ratios_of,
     read_points,
     run_all,
     simulated,
     throughput_at,
     work_of,
 )
-from bench.flashgen_sensitivity import ratios_of
 from bench.flashgen_tables import tables
 from jserve.cache.cost import CostModel
 from jserve.progress import SilentProgress
@@ -120,7 +120,7 @@ def test_the_load_of_the_ttft_metric_is_where_vllm_is_as_late_as_published() -> 
 
 def test_short_covers_every_metric_and_the_full_run_every_figure(tmp_path: Path) -> None:
     short = flashgen._short_points(SMALL, list(MODELS), lambda runs: {run: fake(run) for run in runs})
-    metrics = flashgen._metrics(flashgen._curves(short, SMALL))
+    metrics = metrics_of(short)
     full = flashgen._plan(SMALL, list(MODELS))
     made = [fake(run) for run in full]
     names = {path.name for path in draw_all(made, tmp_path)}
@@ -128,11 +128,13 @@ def test_short_covers_every_metric_and_the_full_run_every_figure(tmp_path: Path)
         f"flashgen-{name}.png"
         for name in ("latency", "ttft", "tpot", "tiers", "utilisation", "host_size", "long_context")
     }
-    told = "\n".join(tables(made))
+    others = [replace(p, run=replace(p.run, seed=1)) for p in short]
+    told = "\n".join(tables([*made, *others]))
     assert told.count("| `jserve` |") == 6
+    assert told.count("| seed ") == 2
     assert "nan" not in told
     assert all(f"| {work} | " in told for work in ("sharegpt", "humaneval", "alpaca"))
-    assert flashgen._metrics(flashgen._curves(made, SMALL)).keys() == metrics.keys()
+    assert metrics_of(made).keys() == metrics.keys()
     assert set(metrics) >= {
         "opt13b_throughput_ratio",
         "opt30b_throughput_ratio",
@@ -143,6 +145,11 @@ def test_short_covers_every_metric_and_the_full_run_every_figure(tmp_path: Path)
         "opt30b_batch_ratio",
         "jserve_over_flashgen_min",
     }
+
+
+def metrics_of(points: list[Point]) -> dict[str, float]:
+    curves = flashgen._curves(points, SMALL)
+    return flashgen._metrics(curves, [ratios_of([point for curve in curves.values() for point in curve])])
 
 
 def fake(run: Run) -> Point:

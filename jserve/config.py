@@ -15,7 +15,7 @@ from jserve.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Eviction = Literal["lru", "fifo", "lookahead", "returns"]
-Order = Literal["fcfs", "flashgen", "priority", "slo", "prefix"]
+Order = Literal["fcfs", "flashgen", "priority", "slo", "pace", "prefix"]
 Chunk = Literal["static", "adaptive"]
 Admission = Literal["queue", "predict"]
 Preempt = Literal["recompute", "swap", "auto"]
@@ -137,13 +137,18 @@ class SchedConfig:
     tenant_weights: tuple[str, ...] = ()
     """Shares of competing tenants, as NAME=WEIGHT; whoever is not named has 1."""
     slo_ttft_s: float = 2.0
-    """When a first token should come, where the request does not say: for order slo and adaptive chunks."""
+    """When a first token should come, where the request does not say: for orders slo, pace, and adaptive chunks."""
     slo_tpot_s: float = 0.2
-    """What each further token may take, where the request does not say."""
+    """What each further token may take, where the request does not say: how fast people read, for order pace."""
     order: Order = "flashgen"
     """Who starts first: fcfs (nobody passes one that does not fit), flashgen (in order of arrival too, but later ones
-    that fit run until it does), priority, slo (least slack until the first token is due), prefix (most of the prompt
+    that fit run until it does), priority, slo (least slack until the first token is due), pace (flashgen, but
+    answers far ahead of their readers yield to who waits: wants host_gib, and preempt auto), prefix (most of the prompt
     cached, before at most 64 others)."""
+    turn_tokens: int = 128
+    """Order pace: tokens that a request has from each start on before it may have to yield for being ahead."""
+    ahead_s: float = 40.0
+    """Order pace: how far ahead of one who reads a token in slo_tpot_s an answer must be to yield."""
     promote_tokens: int | None = None
     """Who has more tokens to compute than this passes no earlier request: they would be computed again if it had to
     yield. None is no limit (FlashGen's rule). A step looks at no more than 32 such before it looks no further."""
@@ -180,6 +185,8 @@ class SchedConfig:
             self.promote_tokens,
             "use 0 or more, or leave it out",
         )
+        _check(self.turn_tokens >= 1, "sched.turn_tokens", self.turn_tokens, "use at least 1")
+        _check(0 <= self.ahead_s < math.inf, "sched.ahead_s", self.ahead_s, "use 0 or more seconds")
         for name, values in (
             ("order", get_args(Order)),
             ("victim", get_args(Victim)),

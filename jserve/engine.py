@@ -26,6 +26,7 @@ from jserve.sched.events import Event, EventKind
 from jserve.sched.plan import StepPlan
 from jserve.sched.scheduler import Scheduler
 from jserve.sched.sequence import Phase, Sequence
+from jserve.sched.turns import Turns
 from jserve.timeline import History, StepRecord, Timelines
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Engine:
             max_running=config.sched.max_running,
             token_budget=info.token_budget,
             order=config.sched.order,
+            turns=Turns(config.sched.turn_tokens, config.sched.ahead_s),
             promote_tokens=config.sched.promote_tokens,
             victim=config.sched.victim,
             preempt=config.sched.preempt,

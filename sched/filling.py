@@ -108,6 +108,7 @@ def _admit(state: State, chunks: Chunks, sequence: Sequence, passed: Sequence | 
         state.events.tell(EventKind.PROMOTED, sequence, passed)
     kind = EventKind.ADMITTED if sequence.num_cached < 0 else EventKind.RESUMED
     state.events.tell(kind, sequence, detail=_sources(admission, len(sequence.tokens)))
+    state.turns.begin(sequence)
     running.enter(sequence)
     coming = admission.host_tokens + admission.disk_tokens
     if admission.loading:

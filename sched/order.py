@@ -1,8 +1,10 @@
 """Who comes first: the order of the queue, as one number a request. The least goes first; equals, in order of arrival.
 
-A rank is given once, when a request arrives, from what is known then. That is enough for all of these orders: even
-the slack until a deadline shrinks for everybody alike, so that it never changes who has less of it. Whoever ranks
-higher yields to whoever ranks lower (`scheduler`): it never keeps a lower rank waiting beyond its own preemption.
+A rank is given when a request arrives, from what is known then. That is enough for most of these orders: even the
+slack until a deadline shrinks for everybody alike, so that it never changes who has less of it. Whoever ranks higher
+yields to whoever ranks lower (`scheduler`): it never keeps a lower rank waiting beyond its own preemption.
+
+In the order `pace` an answer that is far ahead of its reader has a higher rank for as long as that is so (`turns`).
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ class Order:
     """Whether one that does not fit is passed by later ones that do, until it fits into what they hold (FlashGen)."""
     by_prefix: bool = False
     """Whether it has to know how much of a prompt is kept."""
+    turns: bool = False
+    """Whether ranks, which are times then, move with the reader (`turns`)."""
 
 
 def by_arrival(request: Arrival) -> float:
@@ -60,6 +64,11 @@ def by_slack(request: Arrival) -> float:
     return request.arrival_s + request.slo_ttft_s - request.prefill_s
 
 
+def by_first_token(request: Arrival) -> float:
+    """When its first token is due, on the engine's clock: the order of arrival where all have the same target."""
+    return request.arrival_s + request.slo_ttft_s
+
+
 def by_prefix(request: Arrival) -> float:
     """Before up to AGING others, one place for each block of its prompt that is kept: short work goes first."""
     return request.place - min(request.cached_blocks, AGING)
@@ -70,6 +79,7 @@ ORDERS = {
     "flashgen": Order(by_arrival, passes=True),
     "priority": Order(by_priority, passes=True),
     "slo": Order(by_slack, passes=True),
+    "pace": Order(by_first_token, passes=True, turns=True),
     "prefix": Order(by_prefix, passes=True, by_prefix=True),
 }
 

@@ -71,6 +71,13 @@ class Running:
         self.free_slots.append(sequence.slot)
         sequence.slot = -1
 
+    def move(self, sequence: Sequence, rank: Rank) -> None:
+        """Give it another rank."""
+        groups = [group for group in (self.holders, self.prefills, self.decodes) if _discard(group, sequence)]
+        sequence.rank = rank
+        for group in groups:
+            insort(group, sequence, key=rank_of)
+
     # --- who yields to whom
 
     def ahead(self, rank: Rank) -> int:
@@ -109,8 +116,10 @@ class Running:
         return rooms
 
 
-def _discard(group: list[Sequence], sequence: Sequence) -> None:
-    """Take it out of a list in order of rank, if it is there."""
+def _discard(group: list[Sequence], sequence: Sequence) -> bool:
+    """Take it out of a list in order of rank; False if it is not there."""
     at = bisect_left(group, sequence.rank, key=rank_of)
     if at < len(group) and group[at] is sequence:
         del group[at]
+        return True
+    return False

@@ -12,6 +12,7 @@ Everything follows one order of ranks (`order`), and one rule: who ranks behind 
   back is a choice of its own (`preemption`).
 - The preempted wait in their old places, and start again when they fit: at the soonest when one of those before them
   has ended (§4.4).
+- In the order `pace` an answer far ahead of its reader ranks last (`turns`); in all others ranks never change.
 - A decode that needs a block takes it from those behind it, and from itself if there are none.
 
 So a request waits for those before it, for its own KV on the way from disk, and for one preemption, but never for a
@@ -23,7 +24,8 @@ given back, has come or has become easier to place; a decode is touched only for
 block (`decode_limit`) or has one to publish or an end (`news_limit`).
 
 Where to look: `waiting` and its `queue`, `running` (who holds what), `filling` (who starts), `yielding` (who gives
-way), `prefills` and `decodes` (what a step computes), and the policies `order`, `victim`, `preemption`, `chunk`.
+way), `turns`, `prefills` and `decodes` (what a step computes), and the policies `order`, `victim`, `preemption`,
+`chunk`.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from jserve.sched.prefills import Chunks, plan_prefills
 from jserve.sched.running import Running
 from jserve.sched.sequence import Phase, Sequence
 from jserve.sched.state import SchedStats, State
+from jserve.sched.turns import Turns
 from jserve.sched.victim import victim_named
 from jserve.sched.waiting import Waiting
 
@@ -72,6 +75,7 @@ class Scheduler:
         max_running: int,
         token_budget: int,
         order: str = "flashgen",
+        turns: Turns | None = None,
         promote_tokens: int | None = None,
         victim: str = "youngest",
         preempt: str = "recompute",
@@ -91,6 +95,7 @@ class Scheduler:
             victim_named(victim),
             preemption_named(preempt),
             FairShares(tenant_weights),
+            turns or Turns(),
             promote_tokens,
         )
         self._adaptive = chunk == "adaptive"
@@ -98,6 +103,7 @@ class Scheduler:
         self._paced_steps = 0
         self._slo_ttft_s, self._slo_tpot_s = slo_ttft_s, slo_tpot_s
         self._arrivals = 0
+        self._now_s = 0.0
 
     # --- what it holds ------------------------------------------------------------------------------------------
 
@@ -152,7 +158,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence in its place in the queue."""
         self._arrivals += 1
-        sequence.rank = self._rank_of(sequence), self._arrivals
+        sequence.rank = sequence.arrival_rank = self._rank_of(sequence), self._arrivals
         sequence.place = self.shares.take_place(sequence.terms.tenant, sequence.num_prompt)
         waiting, running = self.num_waiting, len(self.state.running.holders)
         staging = self.cache.arrive(sequence.table, sequence.tokens, waiting=waiting, running=running)
@@ -196,7 +202,8 @@ class Scheduler:
         return prefill_s, max(0, needed - self.cache.pool.num_free - behind)
 
     def pace(self, now_s: float, tpot_s: float) -> None:
-        """Once a step: the engine's time, and what a token takes now. Adaptive chunks follow it (`chunk`)."""
+        """Once a step: the engine's time, and what a token takes now. Turns and adaptive chunks follow it."""
+        self._now_s = now_s
         self._paced_steps += 1
         if not self._adaptive or self._paced_steps % EVERY_STEPS:
             return
@@ -298,7 +305,19 @@ class Scheduler:
             self.cache.publish(sequence.table, known, sequence.num_computed)
             next_block = self.cache.block_size * (sequence.table.num_published + 1)
             sequence.news_limit = min(next_block, sequence.max_tokens_total) - 1
+            if self.state.order.turns:
+                self._look_at_turn(sequence)
         return True
+
+    def _look_at_turn(self, sequence: Sequence) -> None:
+        """See whether its turn is over, and come back when it will be."""
+        if sequence.num_output >= sequence.turn_limit:
+            slo_tpot_s = self._slo_tpot_s if sequence.terms.slo_tpot_s is None else sequence.terms.slo_tpot_s
+            rank = self.state.turns.over(sequence, slo_tpot_s, self._now_s)
+            if rank != sequence.rank:
+                self.state.running.move(sequence, rank)
+                self.state.waiting.look = True  # who waits before that may have its place
+        sequence.news_limit = min(sequence.news_limit, sequence.num_prompt + sequence.turn_limit - 1)
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence in whatever phase it is; its tokens in flight will be dropped."""

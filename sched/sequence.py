@@ -41,6 +41,10 @@ class Sequence:
     """Its place among all tenants' requests (`admission.FairShares`)."""
     rank: Rank = (0.0, 0)
     """Its place in the order of the queue: the least is first (`order`)."""
+    arrival_rank: Rank = (0.0, 0)
+    """The one that it was given first; where the order has turns, it moves (`turns`)."""
+    turn_limit: int = 0
+    """With so many tokens of output its turn is over."""
     num_computed: int = 0
     """Leading tokens whose KV is in the cache, or will be when the launched steps have run."""
     in_flight: int = 0

@@ -13,6 +13,7 @@ from jserve.sched.events import EventLog
 from jserve.sched.order import Order
 from jserve.sched.preemption import Swaps
 from jserve.sched.running import Running
+from jserve.sched.turns import Turns
 from jserve.sched.victim import Victim
 from jserve.sched.waiting import Waiting
 
@@ -50,6 +51,7 @@ class State:
     victim: Victim
     swaps: Swaps
     shares: FairShares
+    turns: Turns
     promote_tokens: int | None = None
     """Who has more to compute passes nobody; None is no limit."""
     events: EventLog = field(default_factory=EventLog)

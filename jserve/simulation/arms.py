@@ -7,10 +7,11 @@
 | `flashgen-sched` | prefix cache | - | - | greedy, with preemption of what has passed (FlashGen §4) |
 | `flashgen-cache` | prefix cache | inclusive, LRU | disk only if another request waits (FlashGen §3.3) | first come |
 | `flashgen` | prefix cache | as `flashgen-cache` | as `flashgen-cache` | as `flashgen-sched` |
-| `jserve` | prefix cache | evicted, read ahead by predicted return | by a cost model, up to a split point | the same |
+| `jserve` | prefix cache | evicted, read ahead by predicted return | by a cost model, up to a split point | by pace |
 
 What is preempted is computed again, or read back as far as the host happens to have it; `jserve` may also copy out the
-rest, if that is quicker, and takes prompts in chunks that adapt to the latency targets.
+rest, if that is quicker, and takes prompts in chunks that adapt to the latency targets. By pace is greedy with
+preemption too, and answers far ahead of their readers yield to who waits (`sched.turns`).
 CachedAttention keeps and evicts whole sessions; here it may keep their heads, which can only help it. `ablations` are
 the `jserve` arm with one of its own choices taken back to FlashGen's.
 """
@@ -68,7 +69,7 @@ def _flashgen(cache: CacheConfig, sched: SchedConfig) -> Policies:
 
 def _jserve(cache: CacheConfig, sched: SchedConfig) -> Policies:
     foreseeing = replace(cache, restore="cost", eviction="returns", read_ahead_s=CacheConfig().read_ahead_s)
-    return foreseeing, replace(sched, order="flashgen", preempt="auto", chunk="adaptive")
+    return foreseeing, replace(sched, order="pace", preempt="auto", chunk="adaptive")
 
 
 ARMS = {
@@ -114,6 +115,11 @@ def _static_chunks(cache: CacheConfig, sched: SchedConfig) -> Policies:
     return cache, replace(sched, chunk="static")
 
 
+def _by_arrival(cache: CacheConfig, sched: SchedConfig) -> Policies:
+    cache, sched = _jserve(cache, sched)
+    return cache, replace(sched, order="flashgen")
+
+
 def _without_reordering(cache: CacheConfig, sched: SchedConfig) -> Policies:
     cache, sched = _jserve(cache, sched)
     return cache, replace(sched, order="fcfs")
@@ -128,6 +134,7 @@ ABLATIONS = {
         Arm("jserve, no read-ahead", "the disk is read once a request has come", True, _without_read_ahead),
         Arm("jserve, preempt=recompute", "never copied out to be copied back", True, _recompute),
         Arm("jserve, chunk=static", "chunks of prompts up to the token budget, always", True, _static_chunks),
+        Arm("jserve, order=flashgen", "nobody yields for being ahead of its reader", True, _by_arrival),
         Arm("jserve, order=fcfs", "nobody passes one that does not fit", True, _without_reordering),
     )
 }

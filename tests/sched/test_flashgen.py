@@ -187,7 +187,9 @@ WORLDS = st.fixed_dictionaries(
         "max_running": st.integers(1, 8),
         "budget": st.integers(8, 64),
         "overlap": st.booleans(),
-        "order": st.sampled_from(["flashgen", "flashgen", "prefix", "fcfs"]),
+        "order": st.sampled_from(["flashgen", "flashgen", "prefix", "pace", "fcfs"]),
+        "turn_tokens": st.integers(1, 8),
+        "ahead_s": st.sampled_from([0.0, 0.5, 3.0]),
         "victim": st.sampled_from(["youngest", "youngest", "largest", "cheapest"]),
     }
 )

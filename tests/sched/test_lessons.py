@@ -16,7 +16,7 @@ from jserve.sched import yielding
 from jserve.sched.sequence import Phase
 from jserve.simulated import expected_tokens
 
-ORDERS = ["fcfs", "flashgen", "priority", "slo", "prefix"]
+ORDERS = ["fcfs", "flashgen", "priority", "slo", "pace", "prefix"]
 PREEMPTIONS = ["recompute", "swap", "auto"]
 pytestmark = [pytest.mark.parametrize("order", ORDERS), pytest.mark.parametrize("preempt", PREEMPTIONS)]
 

@@ -107,7 +107,7 @@ WORLDS = st.fixed_dictionaries(
         "budget": st.integers(8, 40),
         "overlap": st.booleans(),
         "preempt": st.sampled_from(["recompute", "swap", "auto"]),
-        "order": st.sampled_from(["flashgen", "fcfs", "prefix", "priority", "slo"]),
+        "order": st.sampled_from(["flashgen", "fcfs", "prefix", "priority", "slo", "pace"]),
         "victim": st.sampled_from(["youngest", "largest", "cheapest"]),
         "chunk": st.sampled_from(["static", "adaptive"]),
     }

@@ -95,7 +95,7 @@ class WaitingQueue:
     def _settle(self, need: int) -> None:
         """Drop from the top of a heap what does not wait there any more."""
         heap, before = self._heaps[need], self._tree[self._leaves + need]
-        while heap and self._needs.get(heap[0][1]) != need:
+        while heap and not self._holds(heap[0], need):
             heappop(heap)
             self._entries -= 1
         first = heap[0] if heap else None
@@ -103,6 +103,11 @@ class WaitingQueue:
             del self._heaps[need]
         if first is not before:
             self._raise_up(need, first)
+
+    def _holds(self, entry: _Entry, need: int) -> bool:
+        """Whether it still says where its sequence waits, which may have been elsewhere, and running, in between."""
+        rank, sequence = entry
+        return self._needs.get(sequence) == need and sequence.rank == rank
 
     def _raise_up(self, need: int, entry: _Entry | None) -> None:
         tree, node = self._tree, self._leaves + need
@@ -114,7 +119,7 @@ class WaitingQueue:
     def _compact(self) -> None:
         """Forget the entries below the tops of the heaps that nobody has any more."""
         for need, heap in self._heaps.items():
-            heap[:] = {entry[1]: entry for entry in heap if self._needs.get(entry[1]) == need}.values()
+            heap[:] = {entry[1]: entry for entry in heap if self._holds(entry, need)}.values()
             heapify(heap)
             self._raise_up(need, heap[0])
         self._entries = sum(map(len, self._heaps.values()))

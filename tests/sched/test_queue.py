@@ -42,6 +42,7 @@ def test_it_finds_what_a_scan_finds(seed: int, most_need: int, moves: int) -> No
                 queue.set_need(changed, needs[changed])
             case "return" if gone:
                 back = gone.pop()
+                back.rank = rng.choice([back.rank[0], rng.randrange(20)]), back.rank[1]  # as after a turn
                 needs[back] = rng.randint(0, most_need)
                 queue.push(back, needs[back])
         waiting = sorted(needs, key=lambda s: s.rank)

@@ -351,6 +351,7 @@ def _about(stage: Stage) -> dict[str, object]:
         "dtype": info.dtype,
         "backend": info.backend,
         "block_size": info.block_size,
+        "work": stage.work.name,
         **{name: getattr(args, name) for name in names},
         "cost": cost.to_dict(),
         "compiles_after_warmup": stage.runner.compiles_after_warmup,

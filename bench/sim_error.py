@@ -2,8 +2,9 @@
 
 An engine in this process serves chats and notes what each step held and took; from that the steps' costs are fitted,
 and how much single steps differ from them. Other chats are served by the real engine, and by the simulator with those
-costs. Chats to fit and chats to compare alternate, so that both see the same machine; throughput and percentiles are
-those of all compared calls together, for in a queue the latest of few calls is a matter of luck. Each work is simulated
+costs. Chats to fit and chats to compare alternate, and each work is simulated with what was fitted right before it and
+right after, for the machine's own speed drifts by more than the simulator is off. Throughput and percentiles are those
+of all compared calls together, for in a queue the latest of few calls is a matter of luck. Each work is simulated
 several times, with other draws from the steps' spread.
 """
 
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from rich.console import Console
 
@@ -46,10 +48,11 @@ SIMULATIONS = 5
 
 @dataclass(frozen=True)
 class Compared:
-    """What both worlds made of the same works, after one fit."""
+    """What both worlds made of the same works."""
 
     prefill: PrefillCost
     decode: DecodeCost
+    """Fitted to all that was fitted to."""
     real: Sequence[Played]
     simulated: Sequence[Sequence[Played]]
     """Of each work."""
@@ -117,22 +120,23 @@ def _compared(args: argparse.Namespace) -> Compared:
         engine.clock = CpuClock()
     recorder = RecordingExecutor(engine.executor, engine.clock)
     engine.executor = recorder
-    samples: list[StepSample] = []
+    fitted: list[list[StepSample]] = []
     works, real = [], []
     try:
         play(engine, chats(4, args.clients, args.seed), progress=progress)  # first calls cost extra
-        for n in range(args.rounds):
-            recorder.samples.clear()
+        for n in range(args.rounds + 1):
+            recorder.samples = []
             fitting = chats(max(4, args.sessions // 2), args.clients, args.seed + 2 * n + 1)
             play(engine, replace(fitting, name="to fit"), progress=progress)
-            samples += recorder.samples
-            works.append(replace(chats(args.sessions, args.clients, args.seed + 2 * n + 2), name="to compare"))
-            real.append(play(engine, works[-1], progress=progress))
-        prefill, decode, spread = fit_steps(samples)
-        described = replace(_system(engine, prefill, decode), spread=spread)
+            fitted.append(recorder.samples)
+            if n < args.rounds:
+                works.append(replace(chats(args.sessions, args.clients, args.seed + 2 * n + 2), name="to compare"))
+                real.append(play(engine, works[-1], progress=progress))
+        systems = [_system(engine, [*before, *after]) for before, after in pairwise(fitted)]
     finally:
         engine.close()
-    return Compared(prefill, decode, real, [simulated(described, work) for work in works])
+    prefill, decode, _ = fit_steps([sample for samples in fitted for sample in samples])
+    return Compared(prefill, decode, real, [simulated(*pair) for pair in zip(systems, works, strict=True)])
 
 
 def simulated(described: System, work: Workload) -> list[Played]:
@@ -155,9 +159,10 @@ def together(runs: Sequence[Played]) -> dict[str, float]:
     }
 
 
-def _system(engine: Engine, prefill: PrefillCost, decode: DecodeCost) -> System:
-    """The same engine, with the fitted steps: it has no tiers, so that copies do not count."""
+def _system(engine: Engine, samples: Sequence[StepSample]) -> System:
+    """The same engine, with steps fitted to these: it has no tiers, so that copies do not count."""
     info = engine.info
+    prefill, decode, spread = fit_steps(samples)
     free = LinkCost(1e12)
     cost = CostModel(prefill, decode, free, free, free, free, info.block_size, info.pool_bytes // info.device_blocks)
     return System(
@@ -169,6 +174,7 @@ def _system(engine: Engine, prefill: PrefillCost, decode: DecodeCost) -> System:
         info.max_model_len,
         info.weight_bytes,
         info.token_budget,
+        spread=spread,
     )
 
 

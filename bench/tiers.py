@@ -52,6 +52,7 @@ class Effort:
     """How much is measured."""
 
     link_turns: int
+    """At each place in memory."""
     disk_bytes: int
     disk_turns: int
     prompts: int
@@ -61,9 +62,9 @@ class Effort:
     talk: Talk
 
 
-FULL = Effort(30, 192 << 20, 3, 64, 6, 32, 2, Talk(15, 3, 4, 256, 64, 24))
-SHORT = Effort(10, 48 << 20, 1, 24, 2, 16, 1, Talk(8, 2, 3, 192, 64, 8))
-TOY = Effort(2, 1 << 16, 1, 4, 1, 8, 1, Talk(8, 2, 2, 40, 16, 4))
+FULL = Effort(20, 192 << 20, 3, 64, 6, 32, 2, Talk(15, 3, 4, 256, 64, 24))
+SHORT = Effort(6, 48 << 20, 1, 24, 2, 16, 1, Talk(8, 2, 3, 192, 64, 8))
+TOY = Effort(1, 1 << 16, 1, 4, 1, 8, 1, Talk(8, 2, 2, 40, 16, 4))
 
 
 @dataclass
@@ -156,16 +157,19 @@ def _config(args: argparse.Namespace, model: str | None, blocks: int, rows: int)
 
 def _measure_links(runner: Runner, effort: Effort, found: Found, progress: Progress) -> None:
     rows = []
-    with progress.track("copies", 2 * (effort.link_turns + 1)) as task:
+    with progress.track("copies", 2 * tier_links.PLACES * (effort.link_turns + 1)) as task:
         for blocks, suffix in ((tier_links.HISTORY, ""), (tier_links.STEP, "_step")):
             links = tier_links.measure(runner, effort.link_turns, task.advance, blocks=blocks)
             for name, label, link in zip(("d2h", "h2d"), ("device to host", "host to device"), links, strict=True):
+                low, high = link.share_spread
                 found.metrics[f"{name}{suffix}_share"] = link.share
+                found.metrics[f"{name}{suffix}_share_low"], found.metrics[f"{name}{suffix}_share_high"] = low, high
                 found.metrics[f"{name}{suffix}_gb_per_s"] = link.bytes_per_s / 1e9
                 found.metrics[f"{name}{suffix}_plain_gb_per_s"] = link.plain_bytes_per_s / 1e9
                 what = f"{label}, {blocks} blocks, {link.num_bytes / 2**20:.2f} MiB"
-                rows.append((what, link.bytes_per_s / 1e9, link.plain_bytes_per_s / 1e9, link.share))
-    columns = ("", "tier GB/s", "plain GB/s", "share")
+                spread = f"{low:.2f} to {high:.2f}"
+                rows.append((what, link.bytes_per_s / 1e9, link.plain_bytes_per_s / 1e9, link.share, spread))
+    columns = ("", "tier GB/s", "plain GB/s", "share", "half of the pairs")
     found.tables.append(report.table(f"copies, {runner.info.backend}", columns, rows))
 
 

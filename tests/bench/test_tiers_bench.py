@@ -47,9 +47,12 @@ def test_a_disk_without_room_is_named_and_the_rest_is_measured(
     assert "decision_us" in found["metrics"]
 
 
-def test_a_share_is_that_of_the_medians() -> None:
+def test_a_share_is_the_median_of_pairs_and_tells_how_far_they_differ() -> None:
     link = Link(1000, tier_s=[2.0, 9.0, 2.0], plain_s=[1.0, 1.0, 7.0])
     assert (link.bytes_per_s, link.plain_bytes_per_s, link.share) == (500, 1000, 0.5)
+    slower_all_in_all = Link(1000, tier_s=[1.0, 10.0, 2.0, 20.0], plain_s=[0.8, 8.0, 1.6, 16.0])
+    assert slower_all_in_all.share == pytest.approx(0.8)
+    assert slower_all_in_all.share_spread == pytest.approx((0.8, 0.8))
 
 
 def test_write_through_counts_in_the_steps_that_copy_and_outliers_do_not() -> None:

@@ -23,6 +23,7 @@ from bench import report
 from bench.flashgen_runs import (
     BOUND_S,
     MODELS,
+    WARM_UP_TURNS,
     Point,
     Run,
     around_bound,
@@ -89,7 +90,7 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
         "jserve",
         60,
         calls=args.calls or (SHORT_CALLS if args.short else CALLS),
-        warm_up_turns=10,
+        warm_up_turns=WARM_UP_TURNS,
         seed=args.seed,
         block_tokens=args.block_size or (SHORT_BLOCK if args.short else BLOCK),
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench import report
 from bench.flashgen import BLOCK, START
-from bench.flashgen_runs import COMPARED, MODELS, VARIATIONS, Run, around_bound, ratios_of, run_all
+from bench.flashgen_runs import COMPARED, MODELS, VARIATIONS, WARM_UP_TURNS, Run, around_bound, ratios_of, run_all
 from jserve.console import RichProgress
 from jserve.errors import JserveError
 
@@ -26,9 +26,7 @@ NOTHING = "nothing"
 def main() -> int:
     args = _arguments()
     console = report.console(args)
-    base = Run(
-        "opt-30b", "jserve", 60, calls=args.calls, warm_up_turns=10, seed=args.seed, block_tokens=args.block_size
-    )
+    base = Run("opt-30b", "jserve", 60, args.calls, WARM_UP_TURNS, args.seed, args.block_size)
     moved = {name: replace(base, variation=name) for name in VARIATIONS}
     moved |= {"blocks of 16": replace(base, block_tokens=16), "random think times": replace(base, work="restless")}
     cases = {NOTHING: base} | {n: of for n, of in moved.items() if args.only is None or n in args.only}

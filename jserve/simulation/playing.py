@@ -24,8 +24,6 @@ class CallRecord:
     session: str
     turn: int
     client: int
-    nth: int
-    """How many calls its client had made before."""
     prompt_tokens: int
     """The history included."""
     sent_s: float
@@ -72,7 +70,8 @@ class Span:
     """Which part of a run counts, and when it ends."""
 
     warm_up_turns: int = 0
-    """Of each client: they do not count (FlashGen skips ten)."""
+    """So many for each client do not count (FlashGen skips ten): of all clients together, in the order in which they end,
+    so that it is the same work that counts, however long the slowest client's ten take."""
     calls: int | None = None
     """So many calls after the warm-up; None: to the end of the work."""
 
@@ -118,8 +117,8 @@ class _Stage:
         self._open: dict[str, _Open] = {}
         self._ended: list[CallRecord] = []
         self._counted = 0
-        self._cold = work.clients or 0
-        """Clients that are still warming up."""
+        self._cold = self._span.warm_up_turns * (work.clients or 0)
+        """Calls that have to end before any counts."""
         self._warm_s = 0.0
         self._before: dict[str, float] = {}
         self._start_s = engine.clock.now()
@@ -127,8 +126,6 @@ class _Stage:
     def play(self) -> Played:
         engine, users = self._engine, self._users
         total = self._span.calls or self._work.num_turns
-        if not self._span.warm_up_turns:
-            self._cold = 0
         if not self._cold:
             self._before = counters(engine)
         with self._progress.track(self._work.name, total, "") as task:
@@ -157,7 +154,7 @@ class _Stage:
 
     def _send(self) -> None:
         for call, player in self._users.due(self._now_s):
-            record = CallRecord(call.session.id, call.turn, call.client, call.nth, len(call.token_ids), call.due_s)
+            record = CallRecord(call.session.id, call.turn, call.client, len(call.token_ids), call.due_s)
             sampling = SamplingParams(max_tokens=call.output_tokens, ignore_eos=True)
             name = str(next(self._names))
             try:
@@ -189,7 +186,7 @@ class _Stage:
         self._ended.append(record)
         self._users.answered(mine.call, mine.player, mine.tokens, now_s)
         if self._cold:
-            self._cold -= record.nth == self._span.warm_up_turns - 1
+            self._cold -= 1
             if not self._cold:
                 self._warm_s, self._before = now_s, counters(self._engine)
         elif record.sent_s >= self._warm_s:

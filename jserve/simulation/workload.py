@@ -215,8 +215,6 @@ class Call:
     due_s: float
     client: int
     """Who sends it: the client's number in a closed loop, the session's in an open one."""
-    nth: int
-    """How many turns this client has sent before."""
 
     @property
     def output_tokens(self) -> int:
@@ -227,7 +225,6 @@ class Call:
 class _Player:
     client: int
     session: Session
-    nth: int = 0
     histories: dict[int, list[int]] = field(default_factory=dict)
     """Of each turn that a later one continues: all tokens, its answer included."""
 
@@ -268,8 +265,7 @@ class Users:
         while self._due and self._due[0][0] <= now_s:
             due_s, _, player, turn = heapq.heappop(self._due)
             self.open_calls += 1
-            call = Call(player.session, turn, self._tokens(player, turn), due_s, player.client, player.nth)
-            player.nth += 1
+            call = Call(player.session, turn, self._tokens(player, turn), due_s, player.client)
             yield call, player
 
     def answered(self, call: Call, player: object, token_ids: Sequence[int], now_s: float) -> None:

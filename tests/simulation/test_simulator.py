@@ -150,6 +150,7 @@ def test_the_warm_up_does_not_count() -> None:
     summary = summarise(run.played)
     assert run.played.warm_s > 0
     assert 95 <= summary.calls <= 105
+    assert sum(call.end_s <= run.played.warm_s for call in run.played.calls) == 3 * 5, "three turns a client, together"
     assert 0 < kv_utilisation(run) <= 1
     assert 1 <= mean_batch(run) <= 5
 

@@ -32,8 +32,8 @@ HOST_GB, DISK_GB = 224.0, 1920.0
 MAX_TOKENS = 16384
 MAX_RUNNING, TOKEN_BUDGET = 256, 2048
 WARM_UP_TURNS = 30
-"""Of each client, in the mean. FlashGen skips ten: then chats are younger here than in steady state, 2,200 to 2,900 tokens
-a prompt, and the load still grows; from thirty on the mean stays, at about 3,500 (published: 3,418 of history)."""
+"""Of each client, in the mean. FlashGen skips ten: then chats are younger here than in steady state, 2,200 to 2,900
+tokens a prompt, and the load still grows; from thirty on the mean stays at about 3,500 (published: 3,418 of history)."""
 BOUND_S = 0.1
 """The latency for each output token at which throughputs are compared."""
 MODELS = {"opt-13b": 1, "opt-30b": 2, "llama-2-13b": 1, "llama-2-70b": 2}

@@ -70,8 +70,8 @@ class Span:
     """Which part of a run counts, and when it ends."""
 
     warm_up_turns: int = 0
-    """So many for each client do not count (FlashGen skips ten): of all clients together, in the order in which they end,
-    so that it is the same work that counts, however long the slowest client's ten take."""
+    """So many for each client do not count (FlashGen skips ten): of all clients together, in the order in which they
+    end, so that it is the same work that counts, however long the slowest client's ten take."""
     calls: int | None = None
     """So many calls after the warm-up; None: to the end of the work."""
 

@@ -33,7 +33,7 @@ MAX_TOKENS = 16384
 MAX_RUNNING, TOKEN_BUDGET = 256, 2048
 WARM_UP_TURNS = 30
 """Of each client, in the mean. FlashGen skips ten: then chats are younger here than in steady state, 2,200 to 2,900
-tokens a prompt, and the load still grows; from thirty on the mean stays at about 3,500 (published: 3,418 of history)."""
+tokens a prompt, and the load still grows; from thirty on the mean stays near 3,500 (published: 3,418 of history)."""
 BOUND_S = 0.1
 """The latency for each output token at which throughputs are compared."""
 MODELS = {"opt-13b": 1, "opt-30b": 2, "llama-2-13b": 1, "llama-2-70b": 2}

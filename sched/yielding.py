@@ -65,6 +65,8 @@ def preempt(state: State, victim: Sequence, by: Sequence) -> None:
         swapped = kept > 0
     else:
         state.cache.release(victim.table)
+    if victim.rank != victim.arrival_rank:
+        detail += ", far ahead of its reader"
     state.running.leave(victim)
     state.waiting.look = True
     victim.phase = Phase.WAITING

@@ -41,6 +41,9 @@ def test_one_far_ahead_of_its_reader_yields_and_is_back_in_time() -> None:
     )
     times = told_at(engine, {0: ("long", LONG, 150, Terms()), 100: ("short", SHORT, 20, Terms())})
     assert preempted(engine) == [("long", "short")]
+    (why,) = [e.detail for e in events_of(engine) if e.kind == "preempted"]
+    assert why is not None
+    assert why.endswith("far ahead of its reader")
     assert len(times["long"]) == 150
     assert all(at <= 2.0 + 0.2 * i for i, at in enumerate(times["long"])), "its reader never waits"
     assert times["short"][0] < 1.1, "and the other did not wait for the end of it"

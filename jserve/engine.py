@@ -289,7 +289,7 @@ class Engine:
             result = launched.read()
         start_s = self.clock.now()
         with self.executor.phase("commit"):
-            outputs = self._outputs(plan, result)
+            outputs = self._outputs(plan, result, start_s)
             self._note_events(start_s)
         end_s = self.clock.now()
         ended_blocks = self.scheduler.stats.ended_blocks
@@ -320,9 +320,9 @@ class Engine:
         if self.scheduler.events:
             self.timelines.record(self.scheduler.events.take(), now_s)
 
-    def _outputs(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
+    def _outputs(self, plan: StepPlan, result: StepResult, now_s: float) -> list[EngineOutput]:
         outputs = []
-        for news in self.scheduler.commit(plan, result.tokens):
+        for news in self.scheduler.commit(plan, result.tokens, now_s):
             sequence = news.sequence
             logprobs = None
             if result.logprobs is not None and (entry := result.logprobs[news.row]) is not None:

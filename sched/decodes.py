@@ -54,7 +54,7 @@ def jump(state: State, plan: StepPlan, max_steps: int) -> None:
         return  # one might end at any token, or has its first one still to tell
     # The plan's own step is counted in: num_computed is one ahead of what was computed before it.
     most = min(max_steps, min(s.max_tokens_total - s.num_computed for s in sequences)) - 1
-    if state.order.turns and len(state.waiting):
+    if state.order.turns:  # ranks are to be right when the next one arrives
         most = min(most, min(s.turn_limit - (s.num_tokens - s.num_prompt) for s in sequences))
     free = state.cache.pool.num_free
     more = bisect_right(range(1, most + 1), free, key=lambda more: _blocks_missing(state, sequences, more))

@@ -202,8 +202,7 @@ class Scheduler:
         return prefill_s, max(0, needed - self.cache.pool.num_free - behind)
 
     def pace(self, now_s: float, tpot_s: float) -> None:
-        """Once a step: the engine's time, and what a token takes now. Turns and adaptive chunks follow it."""
-        self._now_s = now_s
+        """Once a step: the engine's time, and what a token takes now. Adaptive chunks follow it."""
         self._paced_steps += 1
         if not self._adaptive or self._paced_steps % EVERY_STEPS:
             return
@@ -232,8 +231,8 @@ class Scheduler:
         """The next step, or None if nothing can run before a launched step has been committed.
 
         With `max_steps` above 1 (for simulations), the plan may span up to so many decode steps in which, unless a
-        request arrives or is aborted, nothing can change: none ends before the last of them, none needs another's
-        blocks, none that waits could start.
+        request arrives or is aborted, nothing can change: none ends before the last of them, nor its turn, none needs
+        another's blocks, none that waits could start.
         """
         state = self.state
         extend_decodes(state)
@@ -262,8 +261,12 @@ class Scheduler:
 
     # --- results ------------------------------------------------------------------------------------------------
 
-    def commit(self, plan: StepPlan, tokens: Seq[int]) -> list[Progress]:
-        """Take the tokens that a launched step has sampled: `plan.steps` for each sampling row, row after row."""
+    def commit(self, plan: StepPlan, tokens: Seq[int], now_s: float = 0.0) -> list[Progress]:
+        """Take the tokens that a launched step has sampled: `plan.steps` for each sampling row, row after row.
+
+        `now_s`: the engine's time, when they are there; turns follow it.
+        """
+        self._now_s = now_s
         rows, steps = plan.rows, plan.steps
         if len(rows) > plan.num_decodes:
             rows = [row for row in rows if row.samples]

@@ -38,6 +38,11 @@ WORLDS = st.fixed_dictionaries(
         "max_running": st.integers(1, 6),
         "budget": st.integers(7, 40),
         "reuse": st.booleans(),
+        "order": st.sampled_from(["flashgen", "pace"]),
+        "turn_tokens": st.integers(1, 8),
+        "ahead_s": st.sampled_from([0.0, 0.2]),
+        "slo_ttft_s": st.sampled_from([0.05, 2.0]),
+        "slo_tpot_s": st.sampled_from([0.0113, 0.0231]),  # a step takes 10 ms: none is just `ahead_s` ahead
     }
 )
 

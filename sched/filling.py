@@ -39,9 +39,9 @@ def fill(state: State, chunks: Chunks) -> None:
             waiting.look = True
             break
         queue.remove(sequence)
-        passed = _first_before(state, sequence, skipped)
+        passed, rank = _first_before(state, sequence, skipped), sequence.rank
         if (passed is None or _may_pass(state, sequence)) and _admit(state, chunks, sequence, passed):
-            ahead = running.ahead(sequence.rank)
+            ahead = running.ahead(rank)  # not of the one at which it begins a turn: those between have been looked at
             rooms = running.rooms(ahead, state.cache.pool.num_free)
             room = rooms[0]
         else:

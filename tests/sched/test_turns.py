@@ -99,3 +99,19 @@ def test_the_rank_after_a_turn_is_when_the_reader_needs_the_next_token() -> None
     assert turns.over(sequence, 0.2, now_s=2.0) == (2.0 + 0.2 * 20, 7)
     assert sequence.turn_limit == 20 + LOOK_TOKENS
     assert turns.over(sequence, 0.2, now_s=2.1) == (2.0, 7), "3.9 s are not far ahead"
+
+
+def test_nobody_who_has_a_chunk_in_a_step_yields_in_it() -> None:
+    """One begins its turn before one that waits and did not fit, and shares a prompt with it: now it does fit."""
+    limits = {"blocks": 24, "budget": 20, "max_running": 3, "reuse": True, "admission": "queue"}
+    engine = make_engine(**limits, order="pace", turn_tokens=3, ahead_s=0.0, slo_tpot_s=0.02)
+    a, b, late = [0] * 56, [1] * 28, Terms(slo_ttft_s=5.0)
+    default = Terms()
+    work = [(a, 7, default, 2), (b, 6, default, 2), (a, 5, default, 0), (a, 4, default, 3), (a, 4, default, 2)]
+    work += [(a, 1, late, 3), (a, 1, default, 1000)]
+    said: dict[str, list[int]] = {}
+    for i, (prompt, answer, terms, steps) in enumerate(work):
+        engine.add(request(str(i), prompt, answer, terms=terms))
+        for output in (output for _ in range(steps) if engine.has_work for output in engine.step()):
+            said.setdefault(output.request_id, []).extend(output.token_ids)
+    assert said == {str(i): expected_tokens(prompt, answer, VOCAB) for i, (prompt, answer, *_) in enumerate(work)}

@@ -6,7 +6,9 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,8 +51,8 @@ def make_engine(
     directory: Path | None = None,
     restore: str = "always",
     tp: int = 1,
-    preempt: Preempt = "recompute",
     eviction: Eviction = "returns",
+    **sched: Any,
 ) -> Engine:
     mesh = make_mesh(tp)
     loaded = checkpoints.load(MODEL, mesh=mesh, dtype=np.float32)
@@ -65,7 +67,7 @@ def make_engine(
             restore=restore,
             eviction=eviction,
         ),
-        sched=SchedConfig(max_running=4, token_budget=32, preempt=preempt),
+        sched=replace(SchedConfig(max_running=4, token_budget=32), **sched),
         runner=RunnerConfig(token_buckets=(8, 32)),
     )
     runner = Runner(config, loaded.model, loaded.spec, loaded.name, mesh, SilentProgress())
@@ -180,12 +182,22 @@ def as_if_slow(kind: str) -> Strategy:
 
 @pytest.mark.parametrize("kind", ["load", "read"])
 def test_prompts_that_are_computed_while_their_end_is_brought_have_the_same_tokens(
-    plain: dict[str, list[int]], tmp_path: Path, kind: str
+    plain: dict[str, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
+    """However slow this machine is: what is kept lower down is there before the next turn, and is waited for."""
+    monkeypatch.setattr(TieredCache, "_gap_wait_s", lambda cache, gap: 60.0)
     engine = make_engine(device=24, host=400 if kind == "load" else 26, directory=tmp_path)
     tiers = tiers_of(engine)
     tiers.strategy = as_if_slow(kind)
-    assert chat(engine) == plain
+
+    def pause() -> None:
+        for _ in range(2000):
+            tiers.poll(engine.clock.now())
+            if not tiers.stats()["copies_in_flight"]:
+                return
+            time.sleep(0.001)
+
+    assert chat(engine, pause=pause) == plain
     assert tiers.tier_stats.closed_gaps > 5
     assert (tiers.tier_stats.disk_hit_tokens > 0) == (kind == "read")
     check_idle(engine)
@@ -291,6 +303,15 @@ def test_preempted_at_random_steps_everybody_is_told_the_same(plain: dict[str, l
     assert chat(engine) == plain
     assert engine.stats().preemptions > 10
     assert (scheduler.stats.swaps > 0) == (preempt != "recompute") or preempt == "auto"
+    check_idle(engine)
+
+
+@pytest.mark.parametrize("preempt", ["recompute", "swap", "auto"])
+def test_who_takes_turns_is_told_the_same(plain: dict[str, list[int]], preempt: Preempt) -> None:
+    one_at_a_time = {"max_running": 1, "order": "pace", "turn_tokens": 2, "ahead_s": 0.0}
+    engine = make_engine(device=60, host=400, preempt=preempt, **one_at_a_time)
+    assert chat(engine) == plain
+    assert engine.stats().preemptions >= 9, "the first of each pair yields to the second, at least once"
     check_idle(engine)
 
 

@@ -3,11 +3,11 @@
 People read slower than a device answers while it is not crowded, and the lead can be spent on others, unseen (Andes,
 arXiv 2404.16283, which preempts by the quality that each user experiences). Whoever starts has a turn of `turn_tokens`
 at its rank of arrival. Once that is over, and while its next token is not due before `ahead_s` from now, it ranks by
-when that is due: the first to yield, and it waits behind all who need a token sooner. When it starts again, it begins
-another turn: so every preemption pays for its copies.
+when that is due: it yields to whoever needs a token sooner, and waits behind them. When it starts again, it begins
+another turn, so that every preemption pays for its copies.
 
-Under overload nobody is ahead, and the order is that of arrival. While one waits, its rank stays: whoever arrives once
-its reader has caught up ranks behind it, so that nobody starves.
+Under lasting overload nobody who runs is ahead, and the order becomes that of arrival. While one waits, its rank stays:
+whoever arrives once its reader has caught up ranks behind it, so that nobody starves.
 """
 
 from __future__ import annotations

@@ -54,6 +54,13 @@ VARIATIONS: Mapping[str, Callable[[Hardware], Hardware]] = {
     "decode launch 100 us": lambda gpu: replace(gpu, decode_s_per_layer=100e-6),
 }
 """One number of the profile moved: of a drive, of a device's link, a share of the peak, a layer's launches."""
+POLICY_VARIATIONS: Mapping[str, Mapping[str, Any]] = {
+    "turns of 64 tokens": {"turn_tokens": 64},
+    "turns of 256 tokens": {"turn_tokens": 256},
+    "yields when 20 s ahead": {"ahead_s": 20.0},
+    "yields when 80 s ahead": {"ahead_s": 80.0},
+}
+"""One number of the scheduler moved, which only the jserve arm has a use for (`jserve.sched.turns`)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Run:
     host_gb: float = HOST_GB
     max_tokens: int = MAX_TOKENS
     variation: str = ""
-    """Of `VARIATIONS`; empty: the profile's own numbers."""
+    """Of `VARIATIONS` or `POLICY_VARIATIONS`; empty: the profile's own numbers, and the scheduler's."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,12 @@ def described(run: Run) -> System:
     limits = SchedConfig(max_running=MAX_RUNNING, token_budget=TOKEN_BUDGET, max_waiting=100_000, admission="queue")
     caching, scheduling = arm(run.arm).policies(sizes(run.block_tokens, run.host_gb), limits)
     gpu = hardware(GPU)
+    if run.variation in POLICY_VARIATIONS:
+        scheduling = replace(scheduling, **POLICY_VARIATIONS[run.variation])
+    elif run.variation:
+        gpu = VARIATIONS[run.variation](gpu)
     return system(
-        VARIATIONS[run.variation](gpu) if run.variation else gpu,
+        gpu,
         model_shape(run.model),
         tp=MODELS[run.model],
         drives=DRIVES,

@@ -1,8 +1,8 @@
 """`python -m bench.flashgen_sensitivity`: how firm the evaluation's ratios are: the same on other assumptions.
 
 Everything is simulated, as in `bench.flashgen`, whose headline ratios (output tokens/s at 100 ms a token) are told here
-with one number of the hardware profile moved at a time (`flashgen_runs.VARIATIONS`), with smaller blocks, and with
-people whose think times are drawn at random, which makes their return harder to foresee.
+with one number of the hardware profile or of the scheduler moved at a time (`flashgen_runs.VARIATIONS`), with smaller
+blocks, and with people whose think times are drawn at random, which makes their return harder to foresee.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from pathlib import Path
 
 from bench import report
 from bench.flashgen import BLOCK, START
-from bench.flashgen_runs import COMPARED, MODELS, VARIATIONS, WARM_UP_TURNS, Run, around_bound, ratios_of, run_all
+from bench.flashgen_runs import (
+    COMPARED,
+    MODELS,
+    POLICY_VARIATIONS,
+    VARIATIONS,
+    WARM_UP_TURNS,
+    Run,
+    around_bound,
+    ratios_of,
+    run_all,
+)
 from jserve.console import RichProgress
 from jserve.errors import JserveError
 
@@ -27,7 +37,7 @@ def main() -> int:
     args = _arguments()
     console = report.console(args)
     base = Run("opt-30b", "jserve", 60, args.calls, WARM_UP_TURNS, args.seed, args.block_size)
-    moved = {name: replace(base, variation=name) for name in VARIATIONS}
+    moved = {name: replace(base, variation=name) for name in (*VARIATIONS, *POLICY_VARIATIONS)}
     moved |= {"blocks of 16": replace(base, block_tokens=16), "random think times": replace(base, work="restless")}
     cases = {NOTHING: base} | {n: of for n, of in moved.items() if args.only is None or n in args.only}
     starts = [start for of in cases.values() for m in args.models for start in _starts(of, m)]

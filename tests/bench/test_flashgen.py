@@ -12,6 +12,7 @@ from bench import flashgen, flashgen_published, report
 from bench.flashgen_figures import draw_all
 from bench.flashgen_runs import (
     MODELS,
+    POLICY_VARIATIONS,
     VARIATIONS,
     Point,
     Run,
@@ -179,6 +180,14 @@ def test_a_variation_moves_one_number_of_the_hardware_and_nothing_else() -> None
         }
         assert differing == parts[name.split()[0]], name
         assert replace(moved, cost=own.cost) == own, name
+
+
+def test_a_variation_of_policy_moves_one_number_of_the_jserve_arm_alone() -> None:
+    own = described(SMALL)
+    for name, changes in POLICY_VARIATIONS.items():
+        moved = described(replace(SMALL, variation=name))
+        assert moved == replace(own, config=replace(own.config, sched=replace(own.config.sched, **changes)))
+        assert moved != own
 
 
 def test_curves_are_of_the_machine_as_it_is() -> None:

@@ -38,9 +38,9 @@ from jserve.errors import JserveError
 from jserve.simulation.arms import ABLATIONS, ARMS
 
 CLIENTS = {
-    "opt-13b": (40, 60, 80, 90, 100),
+    "opt-13b": (40, 50, 60, 70, 80, 90, 100),
     "opt-30b": (40, 50, 60, 70, 80, 90, 100, 110),
-    "llama-2-13b": (40, 60, 80, 90, 100),
+    "llama-2-13b": (40, 50, 60, 70, 80, 90, 100),
     "llama-2-70b": (10, 20, 30, 40, 50),
 }
 SEEDS, SHORT_SEEDS = 3, 1

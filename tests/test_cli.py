@@ -48,7 +48,7 @@ def test_flags_become_the_configuration() -> None:
         "--model M --dtype bfloat16 --tp 3 --max-model-len 99 --block-size 8 --device-blocks 7 --memory-fraction 0.5"
     )
     flags += " --max-running 5 --token-budget 64 --max-waiting 6 --attention-backend xla"
-    flags += " --order fcfs --victim largest --preempt auto --chunk adaptive --admission queue"
+    flags += " --order fcfs --turn-tokens 55 --ahead 12 --victim largest --preempt auto --chunk adaptive --admission queue"
     flags += " --promote-tokens 77 --max-waiting-tokens 999 --tenant-weights a=2,b=0.5 --slo-ttft 3 --slo-tpot 0.1"
     flags += (
         " --host-gib 2 --disk-dir /d --disk-gib 3 --staging-gib 0.5 --restore cost --eviction fifo --load-timeout 4"
@@ -61,7 +61,7 @@ def test_flags_become_the_configuration() -> None:
     assert (engine.model, engine.dtype, engine.tp, engine.max_model_len) == ("M", "bfloat16", 3, 99)
     assert dataclasses.astuple(engine.cache) == (8, 7, 0.5, True, True, 2.0, "/d", 3.0, 0.5, "cost", "fifo", 0.2, 4.0)
     assert dataclasses.astuple(engine.sched)[:6] == (5, 64, 6, 999, "queue", ("a=2", "b=0.5"))
-    assert dataclasses.astuple(engine.sched)[6:] == (3.0, 0.1, "fcfs", 77, "largest", "auto", "adaptive")
+    assert dataclasses.astuple(engine.sched)[6:] == (3.0, 0.1, "fcfs", 55, 12.0, 77, "largest", "auto", "adaptive")
     assert dataclasses.astuple(engine.runner) == ("xla", (16, 64), False, False, Path("/c"), Path("/p"), 7, 8)
     assert (server.port, server.drain_timeout_s) == (1, 2.5)
     assert not build(CacheConfig, vars(cli._parser().parse_args(["serve", "--no-prefix-cache"]))).prefix_cache

@@ -48,7 +48,9 @@ def test_flags_become_the_configuration() -> None:
         "--model M --dtype bfloat16 --tp 3 --max-model-len 99 --block-size 8 --device-blocks 7 --memory-fraction 0.5"
     )
     flags += " --max-running 5 --token-budget 64 --max-waiting 6 --attention-backend xla"
-    flags += " --order fcfs --turn-tokens 55 --ahead 12 --victim largest --preempt auto --chunk adaptive --admission queue"
+    flags += (
+        " --order fcfs --turn-tokens 55 --ahead 12 --victim largest --preempt auto --chunk adaptive --admission queue"
+    )
     flags += " --promote-tokens 77 --max-waiting-tokens 999 --tenant-weights a=2,b=0.5 --slo-ttft 3 --slo-tpot 0.1"
     flags += (
         " --host-gib 2 --disk-dir /d --disk-gib 3 --staging-gib 0.5 --restore cost --eviction fifo --load-timeout 4"
